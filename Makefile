@@ -1,0 +1,102 @@
+# The few commands a developer needs. Each says what it does; `make` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# The binaries find libtorch from where they stand, so they must stand in this checkout.
+export CARGO_TARGET_DIR := $(CURDIR)/target
+# These would replace the flags of .cargo/config.toml, and with them the path to libtorch.
+unexport RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
+
+PYTHON := .deps/python/bin/python
+BENCH_PYTHON := .deps/bench/bin/python
+MODEL := models/smollm2/build
+# Scripts that bash runs.
+SCRIPTS := .ci/run $(wildcard deploy/*.sh)
+
+.PHONY: help setup demo test bench lint fmt golden clean-deps
+.PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build test-rust test-python
+
+help: ## List these commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+setup: setup-build setup-python ## Bring libtorch, protoc, the Python environment and, where possible, etcd
+	@deploy/setup.sh etcd || echo "no etcd here: make demo will use the embedded store, make test needs one" >&2
+
+demo: ## Start a cluster of one router and four workers, ask it a question, stop it
+	@deploy/demo.sh
+
+test: setup-build setup-python setup-etcd check-fmt check-clippy build demo-model test-rust test-python ## Run all checks and tests (needs a real etcd)
+	@echo "make test: everything passed"
+
+bench: setup-build setup-python build demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
+	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2
+	@target/debug/conclave-bench all --model $(MODEL) $(if $(JSON),--json)
+
+lint: setup-build check-fmt check-clippy check-deps check-scripts ## Check formatting, clippy, dependencies and shell scripts
+
+fmt: ## Format all Rust code
+	cargo fmt --all
+
+golden: ## Make the reference outputs in tests/golden anew (needs the whole of torch, 2.5 GB)
+	@deploy/setup.sh bench
+	$(BENCH_PYTHON) tests/golden/generate.py
+
+clean-deps: ## Remove what setup brought (.deps)
+	rm -rf .deps
+
+# --- the steps ---
+
+setup-build:
+	@deploy/setup.sh build
+
+setup-python:
+	@deploy/setup.sh python
+
+setup-etcd:
+	@deploy/setup.sh etcd || { \
+	  echo "make test needs a real etcd (3.4 or later) on PATH, and it could not be installed here. On Debian and Ubuntu:"; \
+	  echo "  sudo apt-get install etcd-server"; \
+	  echo "elsewhere: unpack a release from https://github.com/etcd-io/etcd/releases and put its folder on PATH."; \
+	  exit 1; } >&2
+
+demo-model:
+	@$(PYTHON) models/smollm2/convert.py
+
+check-fmt:
+	@if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; \
+	else echo "rustfmt is not installed: formatting is not checked (rustup component add rustfmt)" >&2; fi
+
+check-clippy:
+	@if cargo clippy --version >/dev/null 2>&1; then cargo clippy --workspace --all-targets --locked -- -D warnings; \
+	else echo "clippy is not installed: lints are not checked (rustup component add clippy)" >&2; fi
+
+# The advisory database is on the network; what it says must not depend on whether this machine reaches it.
+check-deps:
+	@if ! cargo deny --version >/dev/null 2>&1; then \
+	  echo "cargo-deny is not installed: licences and banned crates are not checked" >&2; \
+	else \
+	  cargo deny --log-level error check --allow duplicate licenses bans sources; \
+	  if cargo deny --log-level off fetch db >/dev/null 2>&1; then cargo deny --log-level error check advisories; \
+	  else echo "the advisory database is out of reach: advisories are not checked" >&2; fi; \
+	fi
+
+check-scripts:
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); \
+	else echo "shellcheck is not installed: scripts are not checked" >&2; fi
+
+build:
+	cargo build --workspace --all-targets --locked
+
+# The same tests either way. Without nextest, two at once stands in for its test groups; nextest runs no doc tests.
+test-rust:
+	@if cargo nextest --version >/dev/null 2>&1; then \
+	  cargo nextest run --workspace --locked $(if $(CI),--profile ci) && cargo test --workspace --doc --locked --quiet; \
+	else \
+	  RUST_TEST_THREADS=2 cargo test --workspace --locked --no-fail-fast; \
+	fi
+
+test-python:
+	$(PYTHON) -m unittest discover --start-directory models/smollm2 --pattern 'test_*.py'

@@ -1,0 +1,148 @@
+//! A local cluster as a user starts it: `conclave up` as a child process. In: a checkpoint and a number of workers. Out:
+//! addresses, token times of one answer, and rows computed by each worker. Nothing here knows how the cluster works.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use conclave_proto::expert::v1::GetInventoryRequest;
+use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
+use conclave_proto::inference::v1 as pb;
+use conclave_proto::inference::v1::generate_response::Event;
+use conclave_proto::inference::v1::inference_client::InferenceClient;
+use conclave_runtime::channel;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+use tonic::transport::Channel;
+
+use crate::decode::Answer;
+
+/// Loading a checkpoint from a cold disk takes a while.
+const START_WITHIN: Duration = Duration::from_secs(300);
+/// Longer than the drain grace of every process in it.
+const STOP_WITHIN: Duration = Duration::from_secs(60);
+
+#[derive(Debug)]
+pub(crate) struct Cluster {
+    child: Child,
+    inference: String,
+    /// Id and address, in the order of the ready file.
+    workers: Vec<(String, String)>,
+    _scratch: TempDir,
+}
+
+impl Cluster {
+    /// Starts one router and `workers` workers with the embedded store, computing in bf16.
+    pub(crate) async fn start(model: &Path, workers: usize) -> anyhow::Result<Self> {
+        let scratch = tempfile::tempdir()?;
+        let (ready_file, log) = (scratch.path().join("ready.json"), scratch.path().join("log"));
+        let mut child = Command::new(beside_this_program("conclave")?)
+            .args(["up", "--workers", &workers.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0", "--model"])
+            .arg(model)
+            .arg("--ready-file")
+            .arg(&ready_file)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(std::fs::File::create(&log)?)
+            .kill_on_drop(true)
+            .spawn()
+            .context("cannot start conclave up")?;
+        let ready = tokio::time::timeout(START_WITHIN, wait_for(&ready_file, &mut child)).await;
+        let ready = match ready.map_err(|_| anyhow::anyhow!("not ready within {START_WITHIN:?}")).flatten() {
+            Ok(ready) => ready,
+            Err(error) => {
+                let log = std::fs::read_to_string(&log).unwrap_or_default();
+                let last = log.lines().rev().take(10).collect::<Vec<_>>();
+                bail!("conclave up: {error}\n{}", last.into_iter().rev().collect::<Vec<_>>().join("\n"));
+            }
+        };
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
+        let workers = ready["workers"].as_array().context("no workers in the ready file")?;
+        let workers = workers.iter().map(|worker| Ok((text(&worker["id"])?, text(&worker["address"])?)));
+        let workers = workers.collect::<anyhow::Result<_>>()?;
+        Ok(Self { child, inference: text(&ready["inference"])?, workers, _scratch: scratch })
+    }
+
+    pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
+        Ok(InferenceClient::new(channel::internal(&self.inference)?.connect().await?))
+    }
+
+    /// The ids Generate would see for a plain text.
+    pub(crate) async fn tokenize(&self, text: &str) -> anyhow::Result<Vec<u32>> {
+        let input = Some(pb::tokenize_request::Input::Text(text.to_owned()));
+        Ok(self.client().await?.tokenize(pb::TokenizeRequest { input }).await?.into_inner().ids)
+    }
+
+    /// One greedy answer of exactly `tokens` tokens, timed where the tokens arrive: at the client.
+    pub(crate) async fn generate(&self, prompt: &[u32], tokens: u32) -> anyhow::Result<Answer> {
+        let ids = pb::TokenIds { ids: prompt.to_vec() };
+        let request = pb::GenerateRequest {
+            input: Some(pb::generate_request::Input::Tokens(ids)),
+            sampling: Some(pb::SamplingParams { temperature: Some(0.0), ..Default::default() }),
+            stop: Some(pb::StopParams { max_tokens: Some(tokens), ignore_eos: true, ..Default::default() }),
+            ..Default::default()
+        };
+        let mut client = self.client().await?;
+        let asked = Instant::now();
+        let mut stream = client.generate(request).await?.into_inner();
+        let (mut ids, mut first, mut last) = (Vec::new(), None, asked);
+        let mut with_first = 0;
+        while let Some(message) = stream.message().await? {
+            if let Some(Event::Tokens(drawn)) = message.event {
+                last = Instant::now();
+                ids.extend(drawn.tokens.iter().map(|token| token.id));
+                if first.is_none() && !ids.is_empty() {
+                    (first, with_first) = (Some(last), ids.len());
+                }
+            }
+        }
+        let first = first.context("the answer had no token")?;
+        ensure!(ids.len() == tokens as usize, "the cluster drew {} tokens instead of {tokens}", ids.len());
+        let per_second = (ids.len() - with_first) as f64 / (last - first).as_secs_f64();
+        Ok(Answer { ids, tokens_per_second: per_second, first_token: first - asked })
+    }
+
+    /// Assignments computed since start, by worker.
+    pub(crate) async fn rows_by_worker(&self) -> anyhow::Result<Vec<(String, u64)>> {
+        let mut rows = Vec::new();
+        for (id, address) in &self.workers {
+            let mut client = ExpertWorkerClient::new(channel::internal(address)?.connect().await?);
+            let inventory = client.get_inventory(GetInventoryRequest {}).await?.into_inner();
+            rows.push((id.clone(), inventory.rows_total));
+        }
+        Ok(rows)
+    }
+
+    /// Drains it as Ctrl-C would.
+    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+        if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            kill_process(pid, Signal::TERM)?;
+        }
+        tokio::time::timeout(STOP_WITHIN, self.child.wait()).await.context("conclave up does not end")??;
+        Ok(())
+    }
+}
+
+/// The ready file's content, once it is there; an error when the child ends first.
+async fn wait_for(ready_file: &Path, child: &mut Child) -> anyhow::Result<Value> {
+    loop {
+        // The file appears in one piece, but a reader may be faster than that on other file systems.
+        if let Some(ready) = std::fs::read(ready_file).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
+            return Ok(ready);
+        }
+        if let Some(status) = child.try_wait()? {
+            bail!("ended with {status} before it was ready");
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// The workspace's programs are built into one folder.
+fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
+    let path = std::env::current_exe()?.with_file_name(name);
+    ensure!(path.exists(), "{} is not built: cargo build --workspace --bins", path.display());
+    Ok(path)
+}

@@ -1,0 +1,108 @@
+//! The far side of the dispatch benchmark, a process of its own: bytes come in by raw TCP or as `DispatchBatch`es, the
+//! same bytes go back. Nothing is computed, and the process ends when its standard input does, so that none is left
+//! behind however its parent ends.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use conclave_proto::expert::v1 as wire;
+use conclave_proto::expert::v1::combine_batch::Outcome;
+use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_runtime::{listen, server};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
+
+/// Batches under way on one stream: as a worker has it, more than the benchmark ever sends at once.
+const ANSWERS_QUEUED: usize = 16;
+
+/// Prints both addresses as one line of JSON and serves until standard input ends.
+pub(crate) async fn serve() -> anyhow::Result<()> {
+    let raw = TcpListener::bind("127.0.0.1:0")?;
+    let raw_address = raw.local_addr()?;
+    std::thread::spawn(move || raw_echo(&raw));
+
+    let listener = listen::bind("127.0.0.1:0")?;
+    println!("{}", json!({ "raw": raw_address.to_string(), "exchange": listener.local_addr.to_string() }));
+
+    let stop = CancellationToken::new();
+    let stdin_ended = stop.clone();
+    tokio::spawn(async move {
+        // What is read does not matter, and an error is an end too.
+        let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
+        stdin_ended.cancel();
+    });
+    let service = ExpertWorkerServer::new(Echo)
+        .max_decoding_message_size(server::MAX_INTERNAL_MESSAGE)
+        .max_encoding_message_size(server::MAX_INTERNAL_MESSAGE);
+    server::serve(server::internal().add_service(service), listener, stop, Duration::from_secs(1)).await?;
+    Ok(())
+}
+
+/// One client after the other, one message after the other: a length (u32, little-endian), then that many bytes, which
+/// go back when all of them are here. An expert needs a whole row as well before it can answer.
+fn raw_echo(listener: &TcpListener) {
+    for socket in listener.incoming().flatten() {
+        // The client going away is how a connection ends.
+        let _ = echo_messages(socket);
+    }
+}
+
+fn echo_messages(mut socket: TcpStream) -> std::io::Result<()> {
+    socket.set_nodelay(true)?;
+    let mut length = [0; 4];
+    let mut message = Vec::new();
+    loop {
+        socket.read_exact(&mut length)?;
+        let length = u32::from_le_bytes(length) as usize;
+        if length > server::MAX_INTERNAL_MESSAGE {
+            return Err(std::io::ErrorKind::InvalidData.into());
+        }
+        message.resize(length, 0);
+        socket.read_exact(&mut message)?;
+        socket.write_all(&message)?;
+    }
+}
+
+/// An expert worker whose experts all are the identity: with one assignment a row, rows go back as they came.
+#[derive(Debug)]
+struct Echo;
+
+#[tonic::async_trait]
+impl ExpertWorker for Echo {
+    type ExchangeStream = ReceiverStream<Result<wire::CombineBatch, Status>>;
+
+    async fn exchange(
+        &self,
+        request: Request<Streaming<wire::DispatchBatch>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        let mut batches = request.into_inner();
+        let (answers, answered) = mpsc::channel(ANSWERS_QUEUED);
+        tokio::spawn(async move {
+            while let Some(Ok(batch)) = batches.next().await {
+                let returned = wire::Returned { encoding: batch.return_encoding, rows: batch.hidden };
+                let answer = wire::CombineBatch {
+                    batch_id: batch.batch_id,
+                    outcome: Some(Outcome::Returned(returned)),
+                    ..Default::default()
+                };
+                if answers.send(Ok(answer)).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Response::new(ReceiverStream::new(answered)))
+    }
+
+    async fn get_inventory(
+        &self,
+        _request: Request<wire::GetInventoryRequest>,
+    ) -> Result<Response<wire::GetInventoryResponse>, Status> {
+        Ok(Response::new(wire::GetInventoryResponse::default()))
+    }
+}

@@ -1,0 +1,129 @@
+//! The `conclave` command: a command line comes in, one of the modules below does it, an exit status goes out. Errors
+//! are one line on stderr. Nothing is computed and no request is served in this process.
+
+mod up;
+mod generate;
+mod chat;
+mod placement;
+mod inspect;
+mod client;
+mod terminal;
+
+use std::io;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Serve and use mixture-of-experts models on a cluster of ordinary processes.
+#[derive(Debug, Parser)]
+#[command(
+    name = "conclave",
+    version,
+    after_help = "Examples:
+  conclave up --model DIR --workers 4
+  conclave generate --chat 'What is the capital of France?'
+  conclave checkpoint inspect DIR --workers 4"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Up(Box<up::Args>),
+    Generate(generate::Args),
+    Chat(chat::Args),
+    /// Look at what is placed where.
+    #[command(subcommand)]
+    Placement(Placement),
+    /// Look at a model folder.
+    #[command(subcommand)]
+    Checkpoint(Checkpoint),
+}
+
+#[derive(Debug, Subcommand)]
+enum Placement {
+    Show(placement::Args),
+}
+
+#[derive(Debug, Subcommand)]
+enum Checkpoint {
+    Inspect(inspect::Args),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return report(&error.into()),
+    };
+    // The future runs on this thread, which lives as long as the process: `up` starts children from it.
+    let outcome = runtime.block_on(run(cli.command));
+    // A thread that still reads a checkpoint or stdin shall not hold the exit.
+    runtime.shutdown_background();
+    outcome.unwrap_or_else(|error| report(&error))
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Up(args) => up::run(*args).await,
+        Command::Generate(args) => generate::run(args).await,
+        Command::Chat(args) => chat::run(args).await,
+        Command::Placement(Placement::Show(args)) => placement::run(args).await,
+        Command::Checkpoint(Checkpoint::Inspect(args)) => inspect::run(&args),
+    }
+}
+
+/// One line with all causes. A reader that went away (`conclave … | head`) is no failure worth a word.
+fn report(error: &anyhow::Error) -> ExitCode {
+    let broken_pipe =
+        |cause: &(dyn std::error::Error + 'static)| cause.downcast_ref::<io::Error>().is_some_and(is_broken_pipe);
+    if error.chain().any(broken_pipe) {
+        return ExitCode::SUCCESS;
+    }
+    terminal::warn(&format!("error: {error:#}"));
+    ExitCode::FAILURE
+}
+
+fn is_broken_pipe(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::BrokenPipe
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_documented_lines_parse() {
+        for line in [
+            "conclave up --model DIR --workers 4 --routers 2 --listen 127.0.0.1:7400 --dtype f32 --numerics fast \
+             --store embedded --replicas 2 --combine partial-sum --ready-file F --cluster c --threads 1 --log-format json",
+            "conclave up --model DIR --workers 1 --store etcd=http://127.0.0.1:2379 --verbose",
+            "conclave generate --endpoint 127.0.0.1:7400 --chat --logprobs=2 --timings --json hello",
+            "conclave generate -",
+            "conclave chat --endpoint http://127.0.0.1:7400",
+            "conclave placement show --ready-file F --rows --json",
+            "conclave placement show --store etcd=http://127.0.0.1:2379 --cluster c",
+            "conclave checkpoint inspect DIR --workers 4 --json",
+        ] {
+            let parsed = Cli::try_parse_from(line.split_whitespace());
+            assert!(parsed.is_ok(), "{line}: {}", parsed.unwrap_err());
+        }
+        for line in [
+            "conclave up --model DIR",
+            "conclave up --model DIR --workers 0",
+            "conclave up --model DIR --workers 1 --dtype f64",
+            "conclave placement show --ready-file F --store etcd=http://127.0.0.1:2379",
+        ] {
+            assert!(Cli::try_parse_from(line.split_whitespace()).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,373 @@
+//! `conclave placement show`: a store comes in, who holds what in one of its clusters goes out, as tables or JSON. With
+//! `--rows` each worker is asked what it computed. Nothing is changed, neither in the store nor in a worker.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use conclave_placement::view::View;
+use conclave_placement::{Cluster, ClusterState, ExpertId, Keys, LayerIdx, Store, WorkerRecord, WorkerState, store};
+use conclave_proto::expert::v1 as pb;
+use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
+use conclave_runtime::channel;
+use futures::future;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+
+use crate::client;
+use crate::terminal::{self, Output};
+use crate::up::ready::{Ready, reachable};
+
+const TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Every cluster's keys lie under it.
+const ROOT: &str = "/conclave/";
+
+/// Who holds what.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  conclave placement show
+  conclave placement show --ready-file /tmp/ready.json --rows
+  conclave placement show --store etcd=http://127.0.0.1:2379 --cluster production --json")]
+pub(crate) struct Args {
+    /// The store; without it CONCLAVE_STORE, else etcd=http://127.0.0.1:2379.
+    #[arg(long, value_name = "etcd=URL")]
+    store: Option<String>,
+    /// The cluster; without it CONCLAVE_CLUSTER, else the only one in the store.
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<Cluster>,
+    /// Take the store and the cluster from what `conclave up --ready-file` wrote.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["store", "cluster"])]
+    ready_file: Option<PathBuf>,
+    /// Ask each worker how many rows it has computed.
+    #[arg(long)]
+    rows: bool,
+    /// One JSON object.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let ready = args.ready_file.as_deref().map(Ready::read).transpose()?;
+    let (spec, named) = match &ready {
+        Some(ready) => (ready.store.clone(), None),
+        None => from_flags_or_environment(&args)?,
+    };
+    let store = store::connect(&spec)?;
+    let look = async {
+        let (cluster, state) = find(&store, named, ready.as_ref()).await?;
+        let rows = if args.rows { ask_all(&state).await } else { BTreeMap::new() };
+        anyhow::Ok(Report::of(&cluster, &state, &rows))
+    };
+    let report = match tokio::time::timeout(4 * TIMEOUT, look).await {
+        Ok(report) => report.with_context(|| format!("cannot tell what {spec} holds"))?,
+        Err(_) => bail!("the store {spec} does not answer"),
+    };
+    let mut output = Output::stdout();
+    if args.json {
+        output.line(&serde_json::to_string_pretty(&report)?)?;
+    } else {
+        output.text(&report.text(args.rows))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The store's spec and the cluster, as servers would understand the same environment. It is read here, not by clap, for
+/// which a variable would contradict `--ready-file` as the flag does.
+fn from_flags_or_environment(args: &Args) -> anyhow::Result<(String, Option<Cluster>)> {
+    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+    let store = args.store.clone().or_else(|| variable("CONCLAVE_STORE"));
+    let cluster = match (&args.cluster, variable("CONCLAVE_CLUSTER")) {
+        (Some(cluster), _) => Some(cluster.clone()),
+        (None, Some(name)) => Some(Cluster::parse(&name)?),
+        (None, None) => None,
+    };
+    Ok((store.unwrap_or_else(|| "etcd=http://127.0.0.1:2379".to_owned()), cluster))
+}
+
+/// The cluster that was named, or the one whose router the ready file names, or the only one there is.
+async fn find(
+    store: &Arc<dyn Store>,
+    named: Option<Cluster>,
+    ready: Option<&Ready>,
+) -> anyhow::Result<(Cluster, ClusterState)> {
+    let candidates = match named {
+        Some(cluster) => vec![cluster],
+        None => {
+            let listing = store.list(ROOT).await?;
+            clusters(listing.entries.iter().map(|entry| entry.key.as_str()))
+        }
+    };
+    let mut found = Vec::new();
+    for cluster in candidates {
+        let state = look(store, &cluster).await?;
+        if ready.is_none_or(|ready| serves_at(&state, &ready.inference)) {
+            found.push((cluster, state));
+        }
+    }
+    if found.len() > 1 {
+        let names: Vec<&str> = found.iter().map(|(cluster, _)| cluster.as_str()).collect();
+        bail!("the store holds several clusters, choose one with --cluster: {}", names.join(", "));
+    }
+    found.pop().context("there is no cluster in this store")
+}
+
+async fn look(store: &Arc<dyn Store>, cluster: &Cluster) -> anyhow::Result<ClusterState> {
+    let token = CancellationToken::new();
+    let _ended = token.clone().drop_guard();
+    let view = View::start(Arc::clone(store), Keys::new(cluster), token).await?;
+    Ok(ClusterState::clone(&view.current()))
+}
+
+fn serves_at(state: &ClusterState, inference: &str) -> bool {
+    state.routers.values().any(|router| reachable(&router.inference_address) == inference)
+}
+
+/// The names in keys like `/conclave/<name>/…`, each once.
+fn clusters<'a>(keys: impl Iterator<Item = &'a str>) -> Vec<Cluster> {
+    let names = keys.filter_map(|key| key.strip_prefix(ROOT)?.split_once('/'));
+    let names: BTreeSet<&str> = names.map(|(name, _)| name).collect();
+    names.into_iter().filter_map(|name| Cluster::parse(name).ok()).collect()
+}
+
+/// What each worker says it computed, by id: rows, or why it did not say.
+async fn ask_all(state: &ClusterState) -> BTreeMap<String, Result<u64, String>> {
+    let asked = state.workers.values().map(|worker| async move {
+        let answer = match tokio::time::timeout(TIMEOUT, ask(worker)).await {
+            Ok(answer) => answer.map_err(|error| format!("{error:#}")),
+            Err(_) => Err("no answer".to_owned()),
+        };
+        (worker.id.to_string(), answer)
+    });
+    future::join_all(asked).await.into_iter().collect()
+}
+
+async fn ask(worker: &WorkerRecord) -> anyhow::Result<u64> {
+    let connection = channel::internal(&reachable(&worker.address))?.connect().await?;
+    let mut client = ExpertWorkerClient::new(connection).max_decoding_message_size(channel::MAX_INTERNAL_MESSAGE);
+    match client.get_inventory(pb::GetInventoryRequest {}).await {
+        Ok(response) => Ok(response.into_inner().rows_total),
+        Err(status) => bail!("{}", client::sentence(&status)),
+    }
+}
+
+/// What is printed; the keys are a contract with scripts.
+#[derive(Debug, Serialize)]
+struct Report {
+    cluster: String,
+    model: Option<String>,
+    plan: Option<PlanReport>,
+    leader: Option<String>,
+    routers: Vec<RouterReport>,
+    workers: Vec<WorkerReport>,
+    layers: Vec<LayerReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct PlanReport {
+    version: u64,
+    policy: String,
+    reason: String,
+}
+
+#[derive(Debug, Serialize)]
+struct RouterReport {
+    id: String,
+    inference: String,
+    admin: String,
+    plan_version: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct WorkerReport {
+    id: String,
+    state: &'static str,
+    device: String,
+    address: String,
+    plan_version: u64,
+    experts: usize,
+    assigned: usize,
+    bytes: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rows: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rows_error: Option<String>,
+    resident: BTreeMap<u32, Vec<u16>>,
+}
+
+#[derive(Debug, Serialize)]
+struct LayerReport {
+    layer: u32,
+    experts: u32,
+    resident: u32,
+    min_replicas: usize,
+    max_replicas: usize,
+}
+
+impl Report {
+    fn of(cluster: &Cluster, state: &ClusterState, rows: &BTreeMap<String, Result<u64, String>>) -> Self {
+        let plan = state.plan.as_deref();
+        Self {
+            cluster: cluster.to_string(),
+            model: state.model.as_ref().map(|model| model.name.clone()),
+            plan: plan.map(|plan| PlanReport {
+                version: plan.version.0,
+                policy: plan.policy.clone(),
+                reason: plan.reason.clone(),
+            }),
+            leader: state.leader.as_ref().map(ToString::to_string),
+            routers: state.routers.values().map(RouterReport::of).collect(),
+            workers: state.workers.values().map(|worker| WorkerReport::of(state, worker, rows)).collect(),
+            layers: layers(state),
+        }
+    }
+
+    fn text(&self, with_rows: bool) -> String {
+        let mut text = format!("cluster {}", self.cluster);
+        match &self.model {
+            Some(model) => text.push_str(&format!(", model {model}")),
+            None => text.push_str(", no model so far"),
+        }
+        match &self.plan {
+            Some(plan) => text.push_str(&format!(", plan {} ({}: {})\n\n", plan.version, plan.policy, plan.reason)),
+            None => text.push_str(", no plan so far\n\n"),
+        }
+        text.push_str(&self.router_table());
+        text.push('\n');
+        text.push_str(&self.worker_table(with_rows));
+        let silent = self.workers.iter().filter_map(|worker| Some((&worker.id, worker.rows_error.as_ref()?)));
+        for (id, error) in silent {
+            text.push_str(&format!("{id} did not say how many rows it computed: {error}\n"));
+        }
+        text.push('\n');
+        text.push_str(&self.layer_table());
+        text
+    }
+
+    fn router_table(&self) -> String {
+        let mut rows = vec![row(["ROUTER", "INFERENCE", "ADMIN", "PLAN", ""])];
+        for router in &self.routers {
+            let leads = if self.leader.as_ref() == Some(&router.id) { "leader" } else { "" };
+            let plan = router.plan_version.to_string();
+            rows.push(row([&router.id, &router.inference, &router.admin, &plan, leads]));
+        }
+        terminal::table(&rows)
+    }
+
+    fn worker_table(&self, with_rows: bool) -> String {
+        let mut header = row(["WORKER", "STATE", "DEVICE", "ADDRESS", "PLAN", "EXPERTS", "BYTES"]);
+        let mut rows = Vec::new();
+        for worker in &self.workers {
+            let (plan, bytes) = (worker.plan_version.to_string(), terminal::bytes(worker.bytes));
+            let experts = match worker.experts == worker.assigned {
+                true => worker.experts.to_string(),
+                false => format!("{} of {}", worker.experts, worker.assigned),
+            };
+            let mut cells = row([&worker.id, worker.state, &worker.device, &worker.address, &plan, &experts, &bytes]);
+            if with_rows {
+                cells.push(worker.rows.map_or_else(|| "?".to_owned(), |rows| rows.to_string()));
+            }
+            cells.push(ranges(&worker.resident));
+            rows.push(cells);
+        }
+        if with_rows {
+            header.push("ROWS".to_owned());
+        }
+        header.push("PER LAYER".to_owned());
+        rows.insert(0, header);
+        terminal::table(&rows)
+    }
+
+    /// Neighbouring layers that look the same share a line.
+    fn layer_table(&self) -> String {
+        let mut rows = vec![row(["LAYERS", "EXPERTS", "RESIDENT", "MIN REPLICAS", "MAX REPLICAS"])];
+        let looks = |layer: &LayerReport| (layer.experts, layer.resident, layer.min_replicas, layer.max_replicas);
+        for group in self.layers.chunk_by(|a, b| a.layer + 1 == b.layer && looks(a) == looks(b)) {
+            let (first, last) = (&group[0], &group[group.len() - 1]);
+            let cells = [
+                range(first.layer, last.layer),
+                first.experts.to_string(),
+                first.resident.to_string(),
+                first.min_replicas.to_string(),
+                first.max_replicas.to_string(),
+            ];
+            rows.push(cells.into());
+        }
+        terminal::table(&rows)
+    }
+}
+
+impl RouterReport {
+    fn of(record: &conclave_placement::RouterRecord) -> Self {
+        Self {
+            id: record.id.to_string(),
+            inference: record.inference_address.clone(),
+            admin: record.admin_address.clone(),
+            plan_version: record.plan_version.0,
+        }
+    }
+}
+
+impl WorkerReport {
+    fn of(state: &ClusterState, record: &WorkerRecord, rows: &BTreeMap<String, Result<u64, String>>) -> Self {
+        let expert_bytes = state.model.as_ref().map_or(0, |model| model.expert_bytes);
+        let experts = record.resident.len();
+        let rows = rows.get(record.id.as_str());
+        let resident = record.resident.0.iter();
+        Self {
+            id: record.id.to_string(),
+            state: match record.state {
+                WorkerState::Starting => "starting",
+                WorkerState::Serving => "serving",
+                WorkerState::Draining => "draining",
+            },
+            device: record.device.clone(),
+            address: record.address.clone(),
+            plan_version: record.plan_version.0,
+            experts,
+            assigned: state.plan.as_ref().map_or(0, |plan| plan.assigned_to(&record.id).len()),
+            bytes: experts as u64 * expert_bytes,
+            rows: rows.and_then(|rows| rows.as_ref().ok().copied()),
+            rows_error: rows.and_then(|rows| rows.as_ref().err().cloned()),
+            resident: resident.map(|(layer, experts)| (layer.0, experts.iter().map(|e| e.0).collect())).collect(),
+        }
+    }
+}
+
+fn layers(state: &ClusterState) -> Vec<LayerReport> {
+    let Some(model) = &state.model else { return Vec::new() };
+    let experts = u16::try_from(model.experts).unwrap_or(u16::MAX);
+    let report = |layer: LayerIdx| {
+        let holders: Vec<usize> = (0..experts).map(|expert| state.holders(layer, ExpertId(expert)).count()).collect();
+        LayerReport {
+            layer: layer.0,
+            experts: model.experts,
+            resident: holders.iter().filter(|count| **count > 0).count() as u32,
+            min_replicas: holders.iter().copied().min().unwrap_or(0),
+            max_replicas: holders.iter().copied().max().unwrap_or(0),
+        }
+    };
+    model.moe_layers.iter().map(|layer| report(*layer)).collect()
+}
+
+/// "1-26: 16, 27: 15": how many experts, by ranges of layers.
+fn ranges(resident: &BTreeMap<u32, Vec<u16>>) -> String {
+    let counts: Vec<(u32, usize)> = resident.iter().map(|(layer, experts)| (*layer, experts.len())).collect();
+    let groups = counts.chunk_by(|a, b| a.0 + 1 == b.0 && a.1 == b.1);
+    let texts = groups.map(|group| format!("{}: {}", range(group[0].0, group[group.len() - 1].0), group[0].1));
+    texts.collect::<Vec<String>>().join(", ")
+}
+
+fn range(first: u32, last: u32) -> String {
+    if first == last { first.to_string() } else { format!("{first}-{last}") }
+}
+
+fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
+    cells.map(str::to_owned).into()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,112 @@
+#!/usr/bin/env bash
+# Brings what the project builds and runs with into .deps/, beside the checkout's own files. Idempotent: each step
+# leaves a stamp named after its inputs, and a second run does nothing.
+#
+#   deploy/setup.sh build     libtorch and protoc: all that `cargo build` needs
+#   deploy/setup.sh python    the virtual environment of the demo recipe and the Python tests
+#   deploy/setup.sh etcd      etcd from the system's package where it may be installed; exit 3 where there is none
+#   deploy/setup.sh bench     transformers with the whole of torch (2.5 GB), only for benchmarks and new goldens
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+deps=$root/.deps
+mkdir -p "$deps/stamps"
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+
+# done_already NAME FILES...: true when step NAME was last finished with exactly these inputs.
+stamp_of() { cat "${@:2}" "${BASH_SOURCE[0]}" | sha256sum | cut -c1-16; }
+done_already() { [ "$(cat "$deps/stamps/$1" 2>/dev/null)" = "$(stamp_of "$@")" ]; }
+mark_done() { stamp_of "$@" >"$deps/stamps/$1"; }
+
+need_python() {
+  python3 -c 'import venv, ensurepip' 2>/dev/null && return
+  say "python3 with its venv module is needed (Debian and Ubuntu: apt-get install python3-venv)"
+  exit 2
+}
+
+setup_build() {
+  local list=$root/deploy/setup/build-wheels.txt wheels=$deps/wheels site=$deps/site
+  done_already build "$list" && return
+  if [ "$(uname -sm)" != "Linux x86_64" ]; then
+    say "the pinned libtorch is for Linux on x86-64, this is $(uname -sm): put a libtorch 2.11 folder at .deps/libtorch"
+    exit 2
+  fi
+  need_python
+  say "downloading libtorch and protoc (about 540 MB, once)"
+  rm -rf "$wheels" "$site" "$deps/libtorch" && mkdir -p "$wheels" "$site"
+  python3 -m venv "$deps/fetch"
+  # The library is the same in every Python's wheel, so one is named outright: any python3 may fetch it.
+  "$deps/fetch/bin/pip" download --quiet --no-deps --only-binary=:all: --require-hashes --dest "$wheels" \
+    --python-version 3.12 --implementation cp --abi cp312 --abi none \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_25_x86_64 --platform manylinux2014_x86_64 \
+    --platform manylinux_2_17_x86_64 --platform manylinux1_x86_64 --platform any --requirement "$list"
+  say "unpacking"
+  "$deps/fetch/bin/python" - "$wheels" "$site" <<'PY'
+import pathlib, sys, zipfile
+wheels, site = map(pathlib.Path, sys.argv[1:])
+keep = ("torch/lib/", "torch/include/", "nvidia/", "protoc/")
+for wheel in sorted(wheels.glob("*.whl")):
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            if member.filename.startswith(keep) and not member.is_dir():
+                archive.extract(member, site)
+PY
+  rm -rf "$wheels" "$deps/fetch"
+  # A libtorch folder to link against that leaves CUDA out: the binary opens libtorch_cuda.so itself when asked for a GPU.
+  mkdir -p "$deps/libtorch/lib"
+  ln -sfn ../site/torch/include "$deps/libtorch/include"
+  ln -sfn ../../site/torch/lib/libtorch_cpu.so "$deps/libtorch/lib/libtorch_cpu.so"
+  ln -sfn ../../site/torch/lib/libc10.so "$deps/libtorch/lib/libc10.so"
+  echo 'INPUT(-ltorch_cpu)' >"$deps/libtorch/lib/libtorch.so"
+  echo '2.11.0' >"$deps/libtorch/build-version"
+  # protoc finds its own .proto files in ../include from where it stands.
+  rm -rf "$deps/protoc" && mv "$site/protoc/data" "$deps/protoc" && rm -r "$site/protoc"
+  chmod 755 "$deps/protoc/bin/protoc"
+  mark_done build "$list"
+}
+
+setup_python() {
+  local list=$root/deploy/setup/python.txt
+  done_already python "$list" && return
+  need_python
+  say "making the Python environment"
+  rm -rf "$deps/python"
+  python3 -m venv "$deps/python"
+  "$deps/python/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: --requirement "$list"
+  mark_done python "$list"
+}
+
+setup_etcd() {
+  command -v etcd >/dev/null && return
+  if command -v apt-get >/dev/null; then
+    local sudo=
+    if [ "$(id -u)" != 0 ]; then command -v sudo >/dev/null && sudo="sudo -n" || sudo=false; fi
+    say "installing etcd from the system's package"
+    # Services are kept from starting: the tests run their own etcd, each on a free port.
+    if { $sudo apt-get update -q && $sudo env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -y -q etcd-server; } >"$deps/etcd-install.log" 2>&1; then
+      command -v etcd >/dev/null && return
+    fi
+    say "the package could not be installed (.deps/etcd-install.log)"
+  fi
+  exit 3
+}
+
+setup_bench() {
+  local list=$root/deploy/setup/bench.txt
+  done_already bench "$list" && return
+  need_python
+  say "making the benchmark environment (transformers with the whole of torch, about 2.5 GB)"
+  rm -rf "$deps/bench"
+  python3 -m venv "$deps/bench"
+  "$deps/bench/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: --requirement "$list"
+  mark_done bench "$list"
+}
+
+case "${1:-}" in
+  build | python | etcd | bench) "setup_$1" ;;
+  *)
+    sed -n '2,10p' "${BASH_SOURCE[0]}" >&2
+    exit 64
+    ;;
+esac

@@ -1,0 +1,357 @@
+//! One worker, wired: a configuration comes in, a process that serves and leaves in order goes out. Start: sockets,
+//! checkpoint, the model's identity, threads, and the record last, so that nobody is sent here too early. End: refuse
+//! what is new, finish what was accepted, leave the store, close the streams. Nothing about experts is decided here.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use conclave_model::checkpoint::Checkpoint;
+use conclave_model::device::{self, Compute, Dtype};
+use conclave_placement::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, WorkerId};
+use conclave_placement::keys::Keys;
+use conclave_placement::model_key::{self, IdentityError};
+use conclave_placement::state::{ModelIdentity, Residency, WorkerRecord, WorkerState};
+use conclave_placement::store::{self, Store};
+use conclave_placement::view::View;
+use conclave_runtime::admin::{self, AdminState, Registry};
+use conclave_runtime::health::Health;
+use conclave_runtime::listen::{self, Listener};
+use conclave_runtime::server;
+use conclave_runtime::shutdown::Shutdown;
+use conclave_runtime::tensor_thread::SpawnError;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tonic::transport::server::Router;
+
+use crate::config::{Config, default_id};
+use crate::executor::Executor;
+use crate::loader::{self, Loader, Reconciler};
+use crate::metrics::Metrics;
+use crate::registration::Registration;
+use crate::residency::Resident;
+use crate::service::{self, Parts, Service, Shape};
+
+/// How long a registration that is under way may hold up a process that was told to end.
+const JOIN_GRACE: Duration = Duration::from_secs(2);
+/// How long streams whose batches are all answered may hold up the end.
+const CLOSE_GRACE: Duration = Duration::from_secs(2);
+/// Between attempts to reach a store that is away while this worker starts.
+const STORE_RETRY: Duration = Duration::from_secs(1);
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Listen(#[from] listen::Error),
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    #[error(transparent)]
+    Checkpoint(#[from] loader::Error),
+    #[error("--memory {budget} holds no expert: one takes {expert_bytes} bytes")]
+    Memory { budget: u64, expert_bytes: u64 },
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error("this worker may not join the cluster: {0}")]
+    Model(#[from] IdentityError),
+    #[error(transparent)]
+    Thread(#[from] SpawnError<Infallible>),
+    #[error(transparent)]
+    Server(#[from] server::Error),
+    #[error("the service ended by itself")]
+    ServiceEnded,
+}
+
+/// A worker that is registered and serves.
+#[derive(Debug)]
+pub struct Worker {
+    pub id: WorkerId,
+    /// Where routers connect.
+    pub listen: SocketAddr,
+    /// Where probes and scrapes connect.
+    pub admin: SocketAddr,
+    drain_grace: Duration,
+    registration: Arc<Registration>,
+    executor: Arc<Executor>,
+    reconciler: JoinHandle<()>,
+    server: JoinHandle<Result<(), server::Error>>,
+    probes: Probes,
+    in_flight: TaskTracker,
+    /// Ends the streams.
+    closing: CancellationToken,
+    /// Ends what outlives the streams: view and lease.
+    end: CancellationToken,
+}
+
+/// Starts a worker; `None` when it was told to end before it had joined the cluster.
+pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker>, Error> {
+    let listener = listen::bind(&config.listen)?;
+    let probes = Probes::serve(listen::bind(&config.admin_listen)?).await;
+    let id = match &config.id {
+        Some(id) => id.clone(),
+        None => WorkerId::parse(&default_id(&host(), listener.local_addr.port()))?,
+    };
+    let prepared = tokio::select! {
+        prepared = prepare(config, &probes) => prepared?,
+        () = shutdown.draining().cancelled_owned() => return Ok(None),
+    };
+    let record = WorkerRecord {
+        id,
+        incarnation: Incarnation::fresh(),
+        address: config.advertise.clone().unwrap_or_else(|| reachable(listener.local_addr)),
+        device: config.device.to_string(),
+        memory_budget: prepared.model.published_budget(config.memory.0)?,
+        speed: 0.0,
+        state: WorkerState::Starting,
+        resident: Residency::new(),
+        plan_version: PlanVersion::NONE,
+    };
+    let (store, lease_end) = (Arc::clone(&prepared.store), prepared.end.clone());
+    let join = Registration::join(store, &prepared.keys, config.lease_ttl(), record, lease_end);
+    // Not dropped half-way: a record that is already written would outlive the process by its lease.
+    let registration = tokio::select! {
+        joined = join => Arc::new(joined?),
+        () = shutdown.grace(JOIN_GRACE) => return Ok(None),
+    };
+    Ok(Some(serve(config, shutdown, listener, probes, prepared, registration)))
+}
+
+/// What stands before the cluster hears of this worker.
+struct Prepared {
+    model: Model,
+    store: Arc<dyn Store>,
+    keys: Keys,
+    view: View,
+    executor: Executor,
+    loader: Loader,
+    metrics: Metrics,
+    /// Health and reflection; the service itself joins them last.
+    router: Router,
+    end: CancellationToken,
+}
+
+async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
+    config.device.open()?;
+    let compute = Compute { device: config.device, dtype: config.dtype, numerics: config.numerics };
+    let (checkpoint, digests) = loader::open(&config.model).await?;
+    let model = Model::new(Arc::clone(&checkpoint), digests.config_digest, digests.checkpoint_digest, config.dtype);
+    let store = store::connect(&config.store)?;
+    let keys = Keys::new(&config.cluster);
+    agree_on_model(&*store, &keys, &model.identity).await?;
+    let end = CancellationToken::new();
+    let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
+    let metrics = Metrics::register(&probes.registry);
+    let executor = Executor::start(config.threads, config.queue as usize, metrics.clone()).await?;
+    let loader = Loader::start(checkpoint, compute).await?;
+    let (reflection, reflection_alpha) = server::reflection(&[service::NAME])?;
+    let router =
+        server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
+    Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, end })
+}
+
+/// Checks this checkpoint against the cluster's, waiting for a store that is away.
+async fn agree_on_model(store: &dyn Store, keys: &Keys, identity: &ModelIdentity) -> Result<(), IdentityError> {
+    loop {
+        match model_key::ensure_model(store, keys, identity).await {
+            Err(IdentityError::Store(error)) if error.retryable() => {
+                tracing::warn!(%error, "waiting for the store");
+                tokio::time::sleep(STORE_RETRY).await;
+            }
+            agreed => return agreed,
+        }
+    }
+}
+
+/// What this worker knows of the model.
+struct Model {
+    identity: ModelIdentity,
+    shape: Shape,
+    /// Memory that one expert takes here, in the format this worker computes in.
+    expert_bytes: u64,
+}
+
+impl Model {
+    fn new(checkpoint: Arc<Checkpoint>, config_digest: String, checkpoint_digest: String, dtype: Dtype) -> Self {
+        let config = checkpoint.config();
+        let name = checkpoint.dir().file_name().map(|name| name.to_string_lossy().into_owned());
+        let moe_layers: Vec<LayerIdx> = config.moe_layers().map(|layer| LayerIdx(layer as u32)).collect();
+        let experts = config.n_routed_experts as u32;
+        let value_bytes = match dtype {
+            Dtype::F32 => 4,
+            Dtype::Bf16 => 2,
+        };
+        Self {
+            shape: Shape { hidden: config.hidden_size, experts, moe_layers: moe_layers.clone() },
+            expert_bytes: 3 * config.hidden_size as u64 * config.moe_intermediate_size as u64 * value_bytes,
+            identity: ModelIdentity {
+                name: name.unwrap_or_default(),
+                config_digest,
+                checkpoint_digest,
+                layers: config.num_hidden_layers as u32,
+                moe_layers,
+                experts,
+                expert_bytes: checkpoint.expert_bytes(),
+            },
+        }
+    }
+
+    /// The memory budget as the planner counts it. The planner takes an expert to be as large as in the checkpoint; here
+    /// it may be larger or smaller, so the budget is published as the whole experts that it really holds.
+    fn published_budget(&self, budget: u64) -> Result<u64, Error> {
+        match budget / self.expert_bytes.max(1) {
+            _ if budget == 0 => Ok(0),
+            0 => Err(Error::Memory { budget, expert_bytes: self.expert_bytes }),
+            experts => Ok(experts.saturating_mul(self.identity.expert_bytes)),
+        }
+    }
+}
+
+/// The admin port and what it shows. It stays up until the process ends, so a probe can see it start and drain.
+#[derive(Debug)]
+struct Probes {
+    address: SocketAddr,
+    health: Health,
+    ready: watch::Sender<bool>,
+    registry: Registry,
+}
+
+impl Probes {
+    async fn serve(listener: Listener) -> Self {
+        let (ready, is_ready) = watch::channel(false);
+        let (health, registry) = (Health::new().await, admin::registry());
+        health.set(service::NAME, false).await;
+        let state = AdminState { ready: is_ready, registry: Arc::clone(&registry), health: health.clone() };
+        let address = listener.local_addr;
+        tokio::spawn(async move {
+            if let Err(error) = admin::serve(listener, state, CancellationToken::new()).await {
+                tracing::error!(%error, "the admin port is gone");
+            }
+        });
+        Self { address, health, ready, registry }
+    }
+
+    /// A registered worker is ready, with or without experts: the first plan waits for workers, not the other way.
+    async fn set(&self, serving: bool) {
+        self.ready.send_replace(serving);
+        self.health.set(service::NAME, serving).await;
+        self.health.set("", serving).await;
+    }
+}
+
+/// Opens the service and starts following the plan.
+fn serve(
+    config: &Config,
+    shutdown: &Shutdown,
+    listener: Listener,
+    probes: Probes,
+    prepared: Prepared,
+    registration: Arc<Registration>,
+) -> Worker {
+    let Prepared { model, view, executor, loader, metrics, router, end, .. } = prepared;
+    let (executor, resident) = (Arc::new(executor), Arc::new(Resident::default()));
+    let (closing, in_flight) = (CancellationToken::new(), TaskTracker::new());
+    let listen = listener.local_addr;
+    let service = Service::new(Parts {
+        shape: model.shape,
+        executor: Arc::clone(&executor),
+        resident: Arc::clone(&resident),
+        registration: Arc::clone(&registration),
+        metrics: metrics.clone(),
+        draining: shutdown.draining(),
+        closing: closing.clone(),
+        in_flight: in_flight.clone(),
+    });
+    let server =
+        tokio::spawn(server::serve(router.add_service(service.server()), listener, closing.clone(), CLOSE_GRACE));
+    let reconciler = Reconciler {
+        loader,
+        executor: Arc::clone(&executor),
+        resident,
+        registration: Arc::clone(&registration),
+        metrics,
+        expert_bytes: model.expert_bytes,
+        budget: config.memory.0,
+    };
+    let draining = shutdown.draining();
+    let follow = async move {
+        // The view lives as long as somebody follows it.
+        let changes = view.subscribe();
+        reconciler.run(changes, draining).await;
+        drop(view);
+    };
+    Worker {
+        id: registration.record().id,
+        listen,
+        admin: probes.address,
+        drain_grace: config.drain_grace(),
+        registration,
+        executor,
+        reconciler: tokio::spawn(follow),
+        server,
+        probes,
+        in_flight,
+        closing,
+        end,
+    }
+}
+
+impl Worker {
+    /// Serves until told to drain, then leaves in order. Fails when the service ends by itself.
+    pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
+        self.probes.set(true).await;
+        tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "ready");
+        tokio::select! {
+            () = shutdown.draining().cancelled_owned() => {
+                self.drain().await;
+                Ok(())
+            }
+            ended = &mut self.server => {
+                shutdown.begin();
+                self.registration.leave().await;
+                match ended {
+                    Ok(Err(error)) => Err(error.into()),
+                    Ok(Ok(())) | Err(_) => Err(Error::ServiceEnded),
+                }
+            }
+        }
+    }
+
+    /// New batches are refused from the moment the shutdown began; the rest happens here, in this order.
+    async fn drain(self) {
+        self.probes.set(false).await;
+        self.registration.drain();
+        self.in_flight.close();
+        if tokio::time::timeout(self.drain_grace, self.in_flight.wait()).await.is_err() {
+            tracing::warn!(batches = self.in_flight.len(), "leaving with batches in flight: the grace is over");
+        }
+        self.registration.leave().await;
+        self.closing.cancel();
+        match self.server.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the service did not close cleanly"),
+            Err(error) => tracing::error!(%error, "the service panicked while closing"),
+        }
+        self.end.cancel();
+        if let Err(error) = self.reconciler.await {
+            tracing::error!(%error, "the loader panicked");
+        }
+        // Streams that outlived their grace still hold it; then the process's end is its end.
+        if let Some(executor) = Arc::into_inner(self.executor) {
+            executor.close().await;
+        }
+        tracing::info!(id = %self.id, "left the cluster");
+    }
+}
+
+fn host() -> String {
+    hostname::get().map_or_else(|_| "localhost".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+/// An address that others can use: this host's name where the socket listens on all interfaces.
+fn reachable(bound: SocketAddr) -> String {
+    if bound.ip().is_unspecified() { format!("{}:{}", host(), bound.port()) } else { bound.to_string() }
+}

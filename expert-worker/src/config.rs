@@ -1,0 +1,161 @@
+//! What an operator decides for one worker: flags, environment and config file come in through the runtime, checked
+//! values go out. Nothing is opened or bound here.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::Parser;
+use conclave_model::device::{Device, Dtype, Numerics};
+use conclave_placement::ids::{Cluster, MAX_NAME, WorkerId};
+use conclave_runtime::telemetry::LogFormat;
+use serde::{Serialize, Serializer};
+
+/// Holds routed experts of one model and computes them for routers.
+#[derive(Debug, Clone, Parser, Serialize)]
+#[command(name = "conclave-expert-worker", version)]
+pub struct Config {
+    /// Checkpoint folder (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Cluster to join
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    #[serde(serialize_with = "as_text")]
+    pub cluster: Cluster,
+    /// Where the cluster's state lives
+    #[arg(long, value_name = "SPEC", default_value = "etcd=http://127.0.0.1:2379")]
+    pub store: String,
+    /// This worker's name [default: from the host's name and the port]
+    #[arg(long, value_name = "NAME")]
+    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub id: Option<WorkerId>,
+    /// Where experts are computed: cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// Number format of the computation: f32 or bf16
+    #[arg(long, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// fast, or reproducible: a row's bits do not depend on its batch
+    #[arg(long, default_value = "fast")]
+    pub numerics: Numerics,
+    /// Threads for tensor work; 0 takes all cores
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Where routers connect; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7500")]
+    pub listen: String,
+    /// Where probes, metrics and operators connect
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7601")]
+    pub admin_listen: String,
+    /// How routers reach this worker [default: the bound listen address]
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Memory for experts, such as 16GiB; 0 is no limit
+    #[arg(long, value_name = "BYTES", default_value = "0")]
+    #[serde(serialize_with = "as_text")]
+    pub memory: Memory,
+    /// Batches that may wait for the tensor thread
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub queue: u32,
+    /// How long the cluster remembers a worker that went silent, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_ttl: u64,
+    /// How long a worker that leaves may finish what it has accepted, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub drain_grace: u64,
+    /// text or json
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// Drain when the process that started this one ends
+    #[arg(long)]
+    pub die_with_parent: bool,
+}
+
+impl Config {
+    pub fn lease_ttl(&self) -> Duration {
+        Duration::from_secs(self.lease_ttl)
+    }
+
+    pub fn drain_grace(&self) -> Duration {
+        Duration::from_secs(self.drain_grace)
+    }
+}
+
+/// A number of bytes, written as one or with KiB, MiB, GiB or TiB. 0 is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Memory(pub u64);
+
+/// A size nobody can read.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is no size: write bytes, or a number with KiB, MiB, GiB or TiB")]
+pub struct BadMemory(String);
+
+impl FromStr for Memory {
+    type Err = BadMemory;
+
+    fn from_str(text: &str) -> Result<Self, BadMemory> {
+        let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
+        let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, 1u64 << shift)));
+        let (number, unit) = unit.unwrap_or((text, 1));
+        let bytes = number.trim_end().parse().ok().and_then(|number: u64| number.checked_mul(unit));
+        bytes.map(Self).ok_or_else(|| BadMemory(text.to_owned()))
+    }
+}
+
+impl fmt::Display for Memory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// `worker-<host>-<port>` in the characters that names may have, short enough to be one.
+pub fn default_id(host: &str, port: u16) -> String {
+    let port = port.to_string();
+    let room = MAX_NAME - "worker--".len() - port.len();
+    let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '.' { c } else { '-' };
+    let host: String = host.chars().map(|c| allowed(c.to_ascii_lowercase())).take(room).collect();
+    format!("worker-{host}-{port}")
+}
+
+fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn as_optional_text<S: Serializer>(value: &Option<impl fmt::Display>, serializer: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_with_and_without_units() {
+        for (text, bytes) in [("0", 0), ("1024", 1024), ("3KiB", 3072), ("16GiB", 16 << 30), ("2 TiB", 2 << 40)] {
+            assert_eq!(text.parse::<Memory>().unwrap().0, bytes, "{text}");
+        }
+        for bad in ["", "GiB", "1GB", "-1", "1.5GiB", "99999999999TiB"] {
+            assert!(bad.parse::<Memory>().is_err(), "{bad:?} should be refused");
+        }
+    }
+
+    #[test]
+    fn the_default_name_is_a_valid_name_whatever_the_host_is_called() {
+        assert_eq!(default_id("Node_7.example", 7500), "worker-node-7.example-7500");
+        for host in ["", "ü", &"x".repeat(300)] {
+            let id = default_id(host, 65535);
+            assert!(WorkerId::parse(&id).is_ok(), "{id}");
+        }
+    }
+
+    #[test]
+    fn the_flags_are_consistent() {
+        use clap::CommandFactory;
+        Config::command().debug_assert();
+    }
+}

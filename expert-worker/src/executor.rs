@@ -1,0 +1,141 @@
+//! The executor: checked batches come in, expert outputs go out. It owns the tensor thread and the experts on it, so no
+//! weight is ever touched from two threads. Each accepted batch gives the thread one turn; a turn takes the oldest batch
+//! and whatever can be computed with it, so a turn may find nothing left to do. A panic or an error refuses the batch
+//! that caused it, and no other.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use conclave_model::compute::{self, ExpertBatch};
+use conclave_model::device::init_thread;
+use conclave_model::expert::Expert;
+use conclave_placement::ids::{ExpertId, LayerIdx};
+use conclave_runtime::tensor_thread::{self, SpawnError, TensorThread, panic_message};
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use crate::batcher::{Answer, Batcher, Pending, Refusal, Taken};
+use crate::metrics::Metrics;
+
+/// What the tensor thread owns.
+type Experts = HashMap<(u32, u16), Arc<Expert>>;
+
+#[derive(Debug)]
+pub struct Executor {
+    thread: TensorThread<Experts>,
+    waiting: Arc<Mutex<Batcher>>,
+    metrics: Metrics,
+}
+
+impl Executor {
+    /// Starts the tensor thread with `threads` for libtorch's own loops (0: all cores). At most `queue` batches wait.
+    pub async fn start(threads: usize, queue: usize, metrics: Metrics) -> Result<Self, SpawnError<Infallible>> {
+        let init = move || {
+            init_thread(threads);
+            Ok(Experts::new())
+        };
+        let thread = TensorThread::spawn("experts", queue, init).await?;
+        Ok(Self { thread, waiting: Arc::new(Mutex::new(Batcher::new(queue))), metrics })
+    }
+
+    /// Lets a batch wait for its turn. All its experts must have been installed. Its answer comes exactly once; dropping
+    /// the receiver gives the batch up.
+    pub fn submit(
+        &self,
+        batch: ExpertBatch,
+        arrived: Instant,
+        deadline: Instant,
+    ) -> Result<oneshot::Receiver<Answer>, Refusal> {
+        let (answer, receiver) = oneshot::channel();
+        self.waiting.lock().push(Pending { batch, arrived, deadline, answer })?;
+        let (waiting, metrics) = (Arc::clone(&self.waiting), self.metrics.clone());
+        // A full queue of turns is fine: it holds as many turns as batches may wait, and each of them takes the oldest.
+        // A thread that has ended drops the batch, and with it the answer's sender.
+        match self.thread.try_run(move |experts| turn(experts, &waiting, &metrics)) {
+            Ok(_) | Err(tensor_thread::Error::Busy) => Ok(receiver),
+            Err(error) => Err(Refusal::Internal(error.to_string())),
+        }
+    }
+
+    /// Hands an expert to the tensor thread. It can be computed with once this returns.
+    pub async fn install(&self, layer: LayerIdx, id: ExpertId, expert: Expert) -> Result<(), tensor_thread::Error> {
+        self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), Arc::new(expert)))).await
+    }
+
+    /// Lets the thread finish what waits and drop the experts.
+    pub async fn close(self) {
+        self.thread.close().await;
+    }
+}
+
+/// One turn of the tensor thread.
+fn turn(experts: &Experts, waiting: &Mutex<Batcher>, metrics: &Metrics) {
+    let started = Instant::now();
+    let Taken { expired, group } = waiting.lock().take(started);
+    for late in expired {
+        let retry_after = waiting.lock().retry_after();
+        let refusal = Refusal::Busy { message: "the deadline passed in the queue", retry_after };
+        reply(late, Err(refusal), started, Duration::ZERO);
+    }
+    if group.is_empty() {
+        return;
+    }
+    let outcomes = compute_group(experts, &group);
+    let took = started.elapsed();
+    waiting.lock().finished(group.len(), took);
+    metrics.compute_seconds.observe(took.as_secs_f64());
+    metrics.group_batches.observe(group.len() as f64);
+    for (pending, outcome) in group.into_iter().zip(outcomes) {
+        if let Ok(rows) = &outcome {
+            metrics.batches.inc();
+            metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
+            metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
+            // Returned as computed: the router judges its workers, this worker only counts.
+            if !rows.iter().all(|value| value.is_finite()) {
+                metrics.non_finite.inc();
+            }
+        }
+        reply(pending, outcome, started, took);
+    }
+}
+
+fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant, computed: Duration) {
+    let queued = started.saturating_duration_since(pending.arrived);
+    // Nobody may be waiting any more.
+    let _ = pending.answer.send(Answer { outcome, queued, computed });
+}
+
+/// One outcome per batch. Where the group fails as a whole, each batch is tried alone, so that only the one that cannot
+/// be computed is refused.
+fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
+    let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
+    match compute_batches(experts, &batches) {
+        Ok(outputs) => outputs.into_iter().map(Ok).collect(),
+        Err(reason) => {
+            tracing::error!(layer = batches[0].layer, batches = batches.len(), reason, "a group could not be computed");
+            if batches.len() == 1 {
+                return vec![Err(Refusal::Internal(reason))];
+            }
+            let alone = |batch| compute_batches(experts, &[batch]).map(|mut outputs| outputs.swap_remove(0));
+            batches.into_iter().map(|batch| alone(batch).map_err(Refusal::Internal)).collect()
+        }
+    }
+}
+
+/// One output per batch, or what went wrong, a panic included.
+fn compute_batches(experts: &Experts, batches: &[&ExpertBatch]) -> Result<Vec<Vec<f32>>, String> {
+    let layer = batches.first().map_or(0, |batch| batch.layer);
+    let held = |id| experts.get(&(layer, id)).map(Arc::clone);
+    let outputs = match catch_unwind(AssertUnwindSafe(|| compute::run(batches, &held))) {
+        Ok(Ok(outputs)) => outputs,
+        Ok(Err(error)) => return Err(error.to_string()),
+        Err(panic) => return Err(format!("panic: {}", panic_message(&*panic))),
+    };
+    match outputs.len() == batches.len() {
+        true => Ok(outputs),
+        false => Err(format!("{} outputs for {} batches", outputs.len(), batches.len())),
+    }
+}

@@ -1,0 +1,72 @@
+//! What the cluster knows of this worker: its record comes in from the rooms that change it, and is published under the
+//! worker's lease. Readers elsewhere act on it, so it never claims an expert before the tensor thread has it.
+
+use std::time::Duration;
+
+use conclave_placement::ids::PlanVersion;
+use conclave_placement::keys::Keys;
+use conclave_placement::membership::{self, Membership};
+use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
+use conclave_placement::store::Store;
+use parking_lot::Mutex;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+#[derive(Debug)]
+pub struct Registration {
+    record: Mutex<WorkerRecord>,
+    membership: Membership,
+}
+
+impl Registration {
+    /// Joins the cluster with `record` under a lease of `ttl`. A lease that is lost later is taken again by itself.
+    pub async fn join(
+        store: Arc<dyn Store>,
+        keys: &Keys,
+        ttl: Duration,
+        record: WorkerRecord,
+        stop: CancellationToken,
+    ) -> Result<Self, membership::Error> {
+        let membership = Membership::join(store, keys.worker(&record.id), ttl, record.encode(), stop).await?;
+        Ok(Self { record: Mutex::new(record), membership })
+    }
+
+    pub fn record(&self) -> WorkerRecord {
+        self.record.lock().clone()
+    }
+
+    /// Says what is resident. The first expert makes a starting worker a serving one.
+    pub fn hold(&self, resident: &Residency) {
+        self.update(|record| {
+            record.resident.clone_from(resident);
+            if record.state == WorkerState::Starting && !resident.is_empty() {
+                record.state = WorkerState::Serving;
+            }
+        });
+    }
+
+    /// Says which plan this worker has done everything for that it could.
+    pub fn acted_on(&self, plan: PlanVersion) {
+        self.update(|record| record.plan_version = plan);
+    }
+
+    /// Says that this worker takes nothing new. What it holds stays listed: it still answers for what it accepted.
+    pub fn drain(&self) {
+        self.update(|record| record.state = WorkerState::Draining);
+    }
+
+    /// Takes the record out of the store; bounded by the membership's own limit.
+    pub async fn leave(&self) {
+        self.membership.leave().await;
+    }
+
+    /// Publishes where the record really changed. Held over both so that two updates are published in their order.
+    fn update(&self, change: impl FnOnce(&mut WorkerRecord)) {
+        let mut record = self.record.lock();
+        let before = record.clone();
+        change(&mut record);
+        if *record != before {
+            self.membership.publish(record.encode());
+        }
+    }
+}

@@ -1,0 +1,187 @@
+//! A checkpoint folder, checked whole before anything is served from it. In: a folder of the Hugging Face layout. Out:
+//! its config, and each weight on request, mapped rather than read. Never here: pickle, code from the folder, a weight
+//! that nobody asked for, or mathematics beyond undoing FP8 blocks.
+
+mod error;
+pub mod fp8;
+mod identity;
+mod layout;
+mod safetensors;
+mod weight;
+
+use std::path::{Path, PathBuf};
+
+use ::safetensors::tensor::Dtype;
+use tch::{Kind, Tensor};
+
+pub use error::Error;
+pub use identity::Identity;
+pub use weight::Weight;
+
+use crate::config::{Fp8Blocks, ModelConfig};
+use layout::Expected;
+use safetensors::{Files, Located};
+
+const FLOATS: &str = "F32, BF16 or F16";
+const FLOATS_OR_FP8: &str = "F32, BF16, F16 or F8_E4M3";
+const SCALES: &str = "F32 or BF16";
+
+/// An open checkpoint: every tensor that its config asks for is there, in the right shape and a dtype that can be read.
+#[derive(Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: ModelConfig,
+    /// Only the tensors that the model uses; others in the files (multi-token prediction, a tied head) are forgotten.
+    files: Files,
+}
+
+impl Checkpoint {
+    /// Opens `dir`: reads `config.json`, the index and the headers, and checks them against each other. No weight is read.
+    ///
+    /// # Errors
+    /// The first thing found wrong; see [`Error`].
+    pub fn open(dir: &Path) -> Result<Self, Error> {
+        let config = ModelConfig::load(dir)?;
+        let mut checkpoint = Self { dir: dir.to_owned(), config, files: Files::open(dir)? };
+        checkpoint.check()?;
+        Ok(checkpoint)
+    }
+
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The weight `name` of shape `shape`, on the CPU: F32, BF16 and F16 without a copy where the file aligns them, FP8
+    /// blocks multiplied out to f32. `lm_head.weight` is the embedding where the two are tied.
+    ///
+    /// # Errors
+    /// There is no such tensor in the model, it has another shape, or its file cannot be read any more.
+    pub fn load(&self, name: &str, shape: &[usize]) -> Result<Weight, Error> {
+        let tied = name == layout::HEAD && self.config.tie_word_embeddings;
+        let name = if tied { layout::EMBEDDING } else { name };
+        let located = self.locate(name)?;
+        self.check_shape(name, located, shape)?;
+        let shard = &self.files.shards[located.shard];
+        let broken = |reason| Error::Tensor { file: shard.path.clone(), tensor: name.to_owned(), reason };
+        match (kind(located.dtype), self.config.quantization) {
+            (Some(kind), _) => Weight::map(&shard.file, located, kind).map_err(broken),
+            (None, Some(blocks)) if located.dtype == Dtype::F8_E4M3 => self.dequantise(name, located, blocks),
+            _ => Err(self.wrong_dtype(name, located, FLOATS)),
+        }
+    }
+
+    /// Stored bytes of one routed expert, scales included; 0 for a model without any. All are the same size, give or take
+    /// tensors stored in different dtypes.
+    pub fn expert_bytes(&self) -> u64 {
+        let Some(layer) = self.config.moe_layers().next() else { return 0 };
+        let bytes = |name: &str| self.files.tensors.get(name).map_or(0, |located| located.bytes);
+        layout::expert_weights(layer, 0).iter().map(|name| bytes(name) + bytes(&layout::scales_of(name))).sum()
+    }
+
+    /// Stored bytes of all tensors that the model uses.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.files.tensors.values().map(|located| located.bytes).sum()
+    }
+
+    /// Checks every tensor of the model and forgets the others.
+    fn check(&mut self) -> Result<(), Error> {
+        let mut used = std::collections::HashMap::new();
+        for expected in layout::expected(&self.config) {
+            let located = self.check_tensor(&expected)?.clone();
+            if located.dtype == Dtype::F8_E4M3 {
+                let name = layout::scales_of(&expected.name);
+                let scales = self.check_scales(&name, &expected)?.clone();
+                used.insert(name, scales);
+            }
+            used.insert(expected.name, located);
+        }
+        self.files.tensors = used;
+        Ok(())
+    }
+
+    fn check_tensor(&self, expected: &Expected) -> Result<&Located, Error> {
+        let located = self.files.tensors.get(&expected.name).ok_or_else(|| self.missing(&expected.name, expected))?;
+        self.check_shape(&expected.name, located, &expected.shape)?;
+        let fp8 = expected.may_be_fp8 && self.config.quantization.is_some();
+        match kind(located.dtype) {
+            Some(_) => Ok(located),
+            None if fp8 && located.dtype == Dtype::F8_E4M3 => Ok(located),
+            None => Err(self.wrong_dtype(&expected.name, located, if fp8 { FLOATS_OR_FP8 } else { FLOATS })),
+        }
+    }
+
+    fn check_scales(&self, name: &str, weight: &Expected) -> Result<&Located, Error> {
+        let located = self.files.tensors.get(name).ok_or_else(|| self.missing(name, weight))?;
+        let (Some(blocks), [rows, cols]) = (self.config.quantization, weight.shape.as_slice()) else {
+            return Err(self.missing(name, weight));
+        };
+        self.check_shape(name, located, &[rows.div_ceil(blocks.rows), cols.div_ceil(blocks.cols)])?;
+        match located.dtype {
+            Dtype::F32 | Dtype::BF16 => Ok(located),
+            _ => Err(self.wrong_dtype(name, located, SCALES)),
+        }
+    }
+
+    fn dequantise(&self, name: &str, located: &Located, blocks: Fp8Blocks) -> Result<Weight, Error> {
+        let shard = &self.files.shards[located.shard];
+        let broken = |reason: String| Error::Tensor { file: shard.path.clone(), tensor: name.to_owned(), reason };
+        let [rows, cols] = located.shape[..] else {
+            return Err(broken("an FP8 weight must have two dimensions".to_owned()));
+        };
+        let scales = self.load(&layout::scales_of(name), &[rows.div_ceil(blocks.rows), cols.div_ceil(blocks.cols)])?;
+        let scales = tch::no_grad(|| Vec::<f32>::try_from(scales.to_kind(Kind::Float).flatten(0, -1)))
+            .map_err(|error| broken(error.to_string()))?;
+        let codes = weight::map_range(&shard.file, located).map_err(|error| broken(error.to_string()))?;
+        let values = fp8::dequantise(&codes, &scales, cols, blocks.rows);
+        let tensor = Tensor::f_from_slice(&values).and_then(|flat| flat.f_view([rows as i64, cols as i64]));
+        tensor.map(Weight::owned).map_err(|error| broken(error.to_string()))
+    }
+
+    fn locate(&self, name: &str) -> Result<&Located, Error> {
+        let missing = || Error::MissingTensor { file: self.files.listing.clone(), tensor: name.to_owned() };
+        self.files.tensors.get(name).ok_or_else(missing)
+    }
+
+    fn missing(&self, tensor: &str, expected: &Expected) -> Error {
+        let (file, tensor) = (self.files.listing.clone(), tensor.to_owned());
+        match expected.expert {
+            Some((layer, expert)) => Error::MissingExpert { file, layer, expert, tensor },
+            None => Error::MissingTensor { file, tensor },
+        }
+    }
+
+    fn check_shape(&self, name: &str, located: &Located, expected: &[usize]) -> Result<(), Error> {
+        match located.shape == expected {
+            true => Ok(()),
+            false => Err(Error::WrongShape {
+                file: self.files.shards[located.shard].path.clone(),
+                tensor: name.to_owned(),
+                expected: expected.to_vec(),
+                actual: located.shape.clone(),
+            }),
+        }
+    }
+
+    fn wrong_dtype(&self, name: &str, located: &Located, expected: &'static str) -> Error {
+        Error::WrongDtype {
+            file: self.files.shards[located.shard].path.clone(),
+            tensor: name.to_owned(),
+            expected,
+            actual: located.dtype.to_string(),
+        }
+    }
+}
+
+/// The kinds that are read as they are.
+fn kind(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        Dtype::F16 => Some(Kind::Half),
+        _ => None,
+    }
+}

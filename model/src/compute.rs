@@ -1,0 +1,109 @@
+//! What an expert worker computes: gather rows, one SwiGLU per expert over its rows, scatter.
+//!
+//! In: checked batches of one layer, and the experts that are here. Out: for each batch, rows in its own order.
+//! Never here: a missing expert skipped. Either every assignment is computed or the caller is told.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use crate::{expert::Expert, transformer::Hidden};
+
+/// Rows of one layer that one router sent at once.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ExpertBatch {
+    /// Layer of the model.
+    pub layer: u32,
+    /// n.
+    pub rows: usize,
+    /// f32 `[n, D]`.
+    pub hidden: Vec<f32>,
+    /// Expert of each assignment, `[A]`.
+    pub expert_ids: Vec<u16>,
+    /// Row of each assignment, `[A]`, each below n.
+    pub row_ids: Vec<u32>,
+    /// `[A]` where the answer is one weighted sum per row; `None` where it is one unweighted row per assignment.
+    pub weights: Option<Vec<f32>>,
+}
+
+/// Why nothing was computed.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub enum Error {
+    /// It went away between the check and the computation.
+    #[error("expert {0} is not resident")]
+    NotResident(u16),
+    /// The batch contradicts itself.
+    #[error("batch of {rows} rows with {hidden} values and assignments {expert_ids}/{row_ids} contradicts itself")]
+    Inconsistent {
+        /// n.
+        rows: usize,
+        /// Values.
+        hidden: usize,
+        /// Length of one list.
+        expert_ids: usize,
+        /// Length of the other.
+        row_ids: usize,
+    },
+}
+
+/// One row of one batch that goes through an expert.
+struct Assignment {
+    batch: usize,
+    index: usize,
+    row: i64,
+}
+
+/// Computes `batches`, which share a layer, together: each expert sees its rows of all of them in one product.
+///
+/// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
+pub fn run(
+    batches: &[&ExpertBatch],
+    resident: &dyn Fn(u16) -> Option<Arc<Expert>>,
+) -> Result<Vec<Vec<f32>>, Error> {
+    let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
+    let mut first_row = 0;
+    for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
+        if expert_ids.len() != row_ids.len() || row_ids.iter().any(|&row| row as usize >= *rows) {
+            let (hidden, expert_ids, row_ids) = (hidden.len(), expert_ids.len(), row_ids.len());
+            return Err(Error::Inconsistent { rows: *rows, hidden, expert_ids, row_ids });
+        }
+        for (index, (&expert, &row)) in expert_ids.iter().zip(row_ids).enumerate() {
+            let assignment = Assignment { batch, index, row: first_row + i64::from(row) };
+            by_expert.entry(expert).or_default().push(assignment);
+        }
+        first_row += *rows as i64;
+    }
+
+    let mut experts = Vec::with_capacity(by_expert.len());
+    for (&id, assignments) in &by_expert {
+        experts.push((resident(id).ok_or(Error::NotResident(id))?, assignments));
+    }
+    let Some((any, _)) = experts.first() else {
+        return Ok(batches.iter().map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }]).collect());
+    };
+    let hidden = any.hidden_size();
+    let values: Vec<f32> = batches.iter().flat_map(|batch| batch.hidden.iter().copied()).collect();
+    let rows = Hidden::from_rows(&values, hidden, any.compute());
+
+    let mut outputs: Vec<Vec<f32>> =
+        batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
+    for (expert, assignments) in experts {
+        let indices: Vec<i64> = assignments.iter().map(|assignment| assignment.row).collect();
+        let computed = expert.forward(&rows.select(&indices)).to_rows();
+        for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments) {
+            outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
+        }
+    }
+    Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
+}
+
+/// Per row the weighted sum over its assignments, in the batch's order, where weights are given.
+fn weigh(batch: &ExpertBatch, output: Vec<f32>, hidden: usize) -> Vec<f32> {
+    let Some(weights) = &batch.weights else { return output };
+    let mut sums = vec![0.0; batch.rows * hidden];
+    for ((row, weight), values) in batch.row_ids.iter().zip(weights).zip(output.chunks_exact(hidden)) {
+        let start = *row as usize * hidden;
+        for (sum, value) in sums[start..start + hidden].iter_mut().zip(values) {
+            *sum += weight * value;
+        }
+    }
+    sums
+}

@@ -1,0 +1,223 @@
+//! Where and how to compute: device, number format, and whether a row's bits may depend on its neighbours.
+//!
+//! In: what flags say. Out: a [`Compute`], and threads made ready for libtorch.
+//! Never here: a device chosen silently; what cannot be had is an error.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A name that is none of ours.
+    #[error("{what} '{given}' is unknown: use {expected}")]
+    Unknown {
+        /// Device, dtype or numerics.
+        what: &'static str,
+        /// What was given.
+        given: String,
+        /// What there is.
+        expected: &'static str,
+    },
+    /// CUDA's half of libtorch could not be opened.
+    #[error("libtorch_cuda.so could not be opened (the CUDA wheels are installed only where there is a GPU): {0}")]
+    CudaLibrary(String),
+    /// It was opened, and finds no such GPU.
+    #[error("cuda:{index} is not there: libtorch sees {found} GPU(s)")]
+    NoSuchGpu {
+        /// Asked for.
+        index: usize,
+        /// How many there are.
+        found: i64,
+    },
+}
+
+/// Where tensors live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Device {
+    /// The processor.
+    Cpu,
+    /// One GPU, by CUDA's index.
+    Cuda(usize),
+}
+
+/// The format that products are computed in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Dtype {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit brain floats.
+    Bf16,
+}
+
+/// Whether a row's bits may depend on what else was computed with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// They may, in the last places.
+    Fast,
+    /// They do not: products run in fixed row tiles, attention row by row.
+    Reproducible,
+}
+
+/// How a process computes. The same for all its layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Compute {
+    /// Where.
+    pub device: Device,
+    /// In which format.
+    pub dtype: Dtype,
+    /// How strictly.
+    pub numerics: Numerics,
+}
+
+impl Compute {
+    /// Plain f32 on the processor: the reference.
+    pub const REFERENCE: Self = Self { device: Device::Cpu, dtype: Dtype::F32, numerics: Numerics::Fast };
+
+    pub(crate) fn kind(self) -> tch::Kind {
+        match self.dtype {
+            Dtype::F32 => tch::Kind::Float,
+            Dtype::Bf16 => tch::Kind::BFloat16,
+        }
+    }
+
+    pub(crate) fn torch_device(self) -> tch::Device {
+        match self.device {
+            Device::Cpu => tch::Device::Cpu,
+            Device::Cuda(index) => tch::Device::Cuda(index),
+        }
+    }
+}
+
+impl Device {
+    /// Makes the device usable in this process; call it before the first tensor is made.
+    pub fn open(self) -> Result<(), Error> {
+        let Self::Cuda(index) = self else { return Ok(()) };
+        open_cuda_library()?;
+        let found = tch::Cuda::device_count();
+        if (index as i64) < found { Ok(()) } else { Err(Error::NoSuchGpu { index, found }) }
+    }
+}
+
+/// One binary serves both devices: CUDA's half of libtorch registers itself with the other when it is opened.
+#[allow(unsafe_code)]
+fn open_cuda_library() -> Result<(), Error> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    for name in ["libc10_cuda.so", "libtorch_cuda.so"] {
+        // SAFETY: libtorch's own libraries, found on this binary's run path; their initialisers register kernels and
+        // are meant to run on being opened. The handles are leaked, so nothing is ever unloaded.
+        let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) };
+        std::mem::forget(library.map_err(|error| Error::CudaLibrary(error.to_string()))?);
+    }
+    Ok(())
+}
+
+/// Readies the calling thread for tensor work: no gradients, and `threads` for libtorch's own parallel loops
+/// (0: as many as there are cores). Both are per thread in libtorch, so every thread that computes calls this once.
+pub fn init_thread(threads: usize) {
+    std::mem::forget(tch::no_grad_guard());
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if threads == 0 { cores } else { threads };
+    tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+}
+
+impl FromStr for Device {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let unknown = || Error::Unknown { what: "device", given: text.to_owned(), expected: "cpu or cuda:N" };
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            Some(("cuda", index)) => index.parse().map(Self::Cuda).map_err(|_| unknown()),
+            _ => Err(unknown()),
+        }
+    }
+}
+
+impl FromStr for Dtype {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "f32" => Ok(Self::F32),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(Error::Unknown { what: "dtype", given: text.to_owned(), expected: "f32 or bf16" }),
+        }
+    }
+}
+
+impl FromStr for Numerics {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "fast" => Ok(Self::Fast),
+            "reproducible" => Ok(Self::Reproducible),
+            _ => {
+                let expected = "fast or reproducible";
+                Err(Error::Unknown { what: "numerics", given: text.to_owned(), expected })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl fmt::Display for Dtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl fmt::Display for Numerics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fast => "fast",
+            Self::Reproducible => "reproducible",
+        })
+    }
+}
+
+impl TryFrom<String> for Device {
+    type Error = Error;
+
+    fn try_from(text: String) -> Result<Self, Error> {
+        text.parse()
+    }
+}
+
+impl From<Device> for String {
+    fn from(device: Device) -> Self {
+        device.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip_and_others_are_refused() {
+        for name in ["cpu", "cuda:0", "cuda:11"] {
+            assert_eq!(name.parse::<Device>().expect("known").to_string(), name);
+        }
+        for name in ["gpu", "cuda", "cuda:", "cuda:x", "cpu:0", ""] {
+            assert!(name.parse::<Device>().is_err(), "{name}");
+        }
+        assert!("f16".parse::<Dtype>().expect_err("unknown").to_string().contains("f32 or bf16"));
+    }
+}

@@ -1,0 +1,301 @@
+//! The store's values as bytes: protobuf `conclave.placement.v1`, checked on the way in.
+//!
+//! In: bytes from the store, which anybody with access may have written. Out: the types of `state` and `plan`, or an
+//! error that names the message and the field. Never here: a panic, or memory out of proportion to the input.
+
+use std::collections::{BTreeMap, HashMap};
+
+use bytes::Bytes;
+use conclave_proto::placement::v1 as pb;
+use prost::Message;
+
+use crate::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, WorkerId};
+use crate::plan::Plan;
+use crate::state::{ExpertSet, LeaderRecord, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState};
+
+/// The largest value that is decoded. The largest honest one, a plan for DeepSeek-V3 with three replicas, is a quarter.
+pub(crate) const MAX_VALUE: usize = 4 << 20;
+/// More layers than any model has.
+const MAX_LAYERS: usize = 1024;
+/// What an [`crate::ids::ExpertId`] can count.
+const MAX_EXPERTS: usize = 1 << 16;
+const MAX_REPLICAS: usize = 1024;
+const MAX_TEXT: usize = 1024;
+
+/// A value that does not say what it should.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DecodeError {
+    /// Not protobuf of that message.
+    #[error("{message} cannot be decoded: {source}")]
+    Malformed {
+        /// The message expected.
+        message: &'static str,
+        /// What prost says.
+        source: prost::DecodeError,
+    },
+    /// More bytes than any honest value has.
+    #[error("{message} of {bytes} bytes is larger than {MAX_VALUE}")]
+    TooLarge {
+        /// The message expected.
+        message: &'static str,
+        /// How many came.
+        bytes: usize,
+    },
+    /// A field that holds what it must not.
+    #[error("{field}: {problem}")]
+    Field {
+        /// Message and field.
+        field: &'static str,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+fn wrong(field: &'static str, problem: impl Into<String>) -> DecodeError {
+    DecodeError::Field { field, problem: problem.into() }
+}
+
+fn parse<M: Message + Default>(message: &'static str, bytes: &[u8]) -> Result<M, DecodeError> {
+    if bytes.len() > MAX_VALUE {
+        return Err(DecodeError::TooLarge { message, bytes: bytes.len() });
+    }
+    M::decode(bytes).map_err(|source| DecodeError::Malformed { message, source })
+}
+
+fn named<T>(field: &'static str, parsed: Result<T, InvalidName>) -> Result<T, DecodeError> {
+    parsed.map_err(|error| wrong(field, error.to_string()))
+}
+
+fn incarnation(field: &'static str, number: u64) -> Result<Incarnation, DecodeError> {
+    Incarnation::new(number).ok_or_else(|| wrong(field, "is 0"))
+}
+
+fn text(field: &'static str, value: String) -> Result<String, DecodeError> {
+    match value.len() {
+        0..=MAX_TEXT => Ok(value),
+        bytes => Err(wrong(field, format!("is {bytes} bytes long, more than {MAX_TEXT}"))),
+    }
+}
+
+fn at_most(field: &'static str, count: usize, limit: usize) -> Result<(), DecodeError> {
+    if count <= limit { Ok(()) } else { Err(wrong(field, format!("has {count} entries, more than {limit}"))) }
+}
+
+impl ModelIdentity {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let message = pb::ModelIdentity {
+            name: self.name.clone(),
+            config_digest: self.config_digest.clone(),
+            checkpoint_digest: self.checkpoint_digest.clone(),
+            layers: self.layers,
+            moe_layers: self.moe_layers.iter().map(|layer| layer.0).collect(),
+            experts: self.experts,
+            expert_bytes: self.expert_bytes,
+        };
+        message.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::ModelIdentity = parse("ModelIdentity", bytes)?;
+        at_most("ModelIdentity.layers", message.layers as usize, MAX_LAYERS)?;
+        at_most("ModelIdentity.experts", message.experts as usize, MAX_EXPERTS)?;
+        let ascending = message.moe_layers.windows(2).all(|pair| pair[0] < pair[1]);
+        let in_range = message.moe_layers.last().is_none_or(|last| *last < message.layers);
+        if !ascending || !in_range {
+            let problem = format!("is not ascending and below {} layers", message.layers);
+            return Err(wrong("ModelIdentity.moe_layers", problem));
+        }
+        Ok(Self {
+            name: text("ModelIdentity.name", message.name)?,
+            config_digest: text("ModelIdentity.config_digest", message.config_digest)?,
+            checkpoint_digest: text("ModelIdentity.checkpoint_digest", message.checkpoint_digest)?,
+            layers: message.layers,
+            moe_layers: message.moe_layers.into_iter().map(LayerIdx).collect(),
+            experts: message.experts,
+            expert_bytes: message.expert_bytes,
+        })
+    }
+}
+
+impl WorkerRecord {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let state = match self.state {
+            WorkerState::Starting => pb::WorkerState::Starting,
+            WorkerState::Serving => pb::WorkerState::Serving,
+            WorkerState::Draining => pb::WorkerState::Draining,
+        };
+        let resident = self.resident.0.iter().filter(|(_, experts)| !experts.is_empty()).map(|(layer, experts)| {
+            pb::ResidentExperts { layer: layer.0, bitmap: Bytes::copy_from_slice(experts.bitmap()) }
+        });
+        let message = pb::WorkerRecord {
+            id: self.id.to_string(),
+            incarnation: self.incarnation.get(),
+            address: self.address.clone(),
+            device: self.device.clone(),
+            memory_budget: self.memory_budget,
+            speed: self.speed,
+            state: state.into(),
+            resident: resident.collect(),
+            plan_version: self.plan_version.0,
+        };
+        message.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::WorkerRecord = parse("WorkerRecord", bytes)?;
+        let state = match message.state() {
+            pb::WorkerState::Starting => WorkerState::Starting,
+            pb::WorkerState::Serving => WorkerState::Serving,
+            pb::WorkerState::Draining => WorkerState::Draining,
+            pb::WorkerState::Unspecified => {
+                return Err(wrong("WorkerRecord.state", format!("{} is no state", message.state)));
+            }
+        };
+        if !message.speed.is_finite() || message.speed < 0.0 {
+            return Err(wrong("WorkerRecord.speed", format!("{} is no speed", message.speed)));
+        }
+        if message.address.is_empty() {
+            return Err(wrong("WorkerRecord.address", "is empty"));
+        }
+        Ok(Self {
+            id: named("WorkerRecord.id", WorkerId::parse(&message.id))?,
+            incarnation: incarnation("WorkerRecord.incarnation", message.incarnation)?,
+            address: text("WorkerRecord.address", message.address)?,
+            device: text("WorkerRecord.device", message.device)?,
+            memory_budget: message.memory_budget,
+            speed: message.speed,
+            state,
+            resident: residency(message.resident)?,
+            plan_version: PlanVersion(message.plan_version),
+        })
+    }
+}
+
+fn residency(resident: Vec<pb::ResidentExperts>) -> Result<Residency, DecodeError> {
+    at_most("WorkerRecord.resident", resident.len(), MAX_LAYERS)?;
+    let mut layers = BTreeMap::new();
+    for entry in resident {
+        at_most("WorkerRecord.resident.bitmap", entry.bitmap.len(), MAX_EXPERTS / 8)?;
+        let experts = ExpertSet::from_bitmap(entry.bitmap.to_vec());
+        if layers.insert(LayerIdx(entry.layer), experts).is_some() {
+            return Err(wrong("WorkerRecord.resident", format!("names layer {} twice", entry.layer)));
+        }
+    }
+    layers.retain(|_, experts| !experts.is_empty());
+    Ok(Residency(layers))
+}
+
+impl RouterRecord {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let message = pb::RouterRecord {
+            id: self.id.to_string(),
+            incarnation: self.incarnation.get(),
+            inference_address: self.inference_address.clone(),
+            admin_address: self.admin_address.clone(),
+            plan_version: self.plan_version.0,
+        };
+        message.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::RouterRecord = parse("RouterRecord", bytes)?;
+        Ok(Self {
+            id: named("RouterRecord.id", RouterId::parse(&message.id))?,
+            incarnation: incarnation("RouterRecord.incarnation", message.incarnation)?,
+            inference_address: text("RouterRecord.inference_address", message.inference_address)?,
+            admin_address: text("RouterRecord.admin_address", message.admin_address)?,
+            plan_version: PlanVersion(message.plan_version),
+        })
+    }
+}
+
+impl LeaderRecord {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let message = pb::Leader { router_id: self.router.to_string(), incarnation: self.incarnation.get() };
+        message.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::Leader = parse("Leader", bytes)?;
+        Ok(Self {
+            router: named("Leader.router_id", RouterId::parse(&message.router_id))?,
+            incarnation: incarnation("Leader.incarnation", message.incarnation)?,
+        })
+    }
+}
+
+impl Plan {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let layers = self.layers.iter().map(|(layer, experts)| pb::LayerPlan {
+            layer: layer.0,
+            experts: experts
+                .iter()
+                .map(|holders| pb::Replicas { workers: holders.iter().map(ToString::to_string).collect() })
+                .collect(),
+        });
+        let message = pb::Plan {
+            version: self.version.0,
+            parent: self.parent.0,
+            policy: self.policy.clone(),
+            reason: self.reason.clone(),
+            layers: layers.collect(),
+        };
+        message.encode_to_vec().into()
+    }
+
+    /// From a value of the store. A worker's name is kept once, however many experts it holds.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::Plan = parse("Plan", bytes)?;
+        if message.version == 0 || message.parent >= message.version {
+            let problem = format!("{} does not follow its parent {}", message.version, message.parent);
+            return Err(wrong("Plan.version", problem));
+        }
+        at_most("Plan.layers", message.layers.len(), MAX_LAYERS)?;
+        let mut names = HashMap::new();
+        let mut layers = BTreeMap::new();
+        for layer in message.layers {
+            at_most("Plan.layers.experts", layer.experts.len(), MAX_EXPERTS)?;
+            let experts = layer.experts.into_iter().map(|replicas| holders(replicas, &mut names));
+            let experts = experts.collect::<Result<Vec<_>, _>>()?;
+            if layers.insert(LayerIdx(layer.layer), experts).is_some() {
+                return Err(wrong("Plan.layers", format!("names layer {} twice", layer.layer)));
+            }
+        }
+        Ok(Self {
+            version: PlanVersion(message.version),
+            parent: PlanVersion(message.parent),
+            policy: text("Plan.policy", message.policy)?,
+            reason: text("Plan.reason", message.reason)?,
+            layers,
+        })
+    }
+}
+
+fn holders(replicas: pb::Replicas, names: &mut HashMap<String, WorkerId>) -> Result<Vec<WorkerId>, DecodeError> {
+    at_most("Plan.layers.experts.workers", replicas.workers.len(), MAX_REPLICAS)?;
+    let mut holders = Vec::with_capacity(replicas.workers.len());
+    for name in replicas.workers {
+        let worker = match names.get(&name) {
+            Some(worker) => worker.clone(),
+            None => {
+                let worker = named("Plan.layers.experts.workers", WorkerId::parse(&name))?;
+                names.insert(name, worker.clone());
+                worker
+            }
+        };
+        holders.push(worker);
+    }
+    Ok(holders)
+}
+
+#[cfg(test)]
+mod tests;

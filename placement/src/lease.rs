@@ -1,0 +1,84 @@
+//! A lease as its holder sees it: until when it surely lives, and when to renew it.
+//!
+//! In: the store's answers. Out: renewed, or lost. Never here: hope. The time it surely lives counts from before the
+//! renewal was sent, and once that is over without an answer the lease counts as lost, whatever the store may say later.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::store::{Error, LeaseId, Result, Store};
+
+#[derive(Debug)]
+pub(crate) struct Lease {
+    pub(crate) id: LeaseId,
+    ttl: Duration,
+    valid_until: Instant,
+    next_beat: Instant,
+}
+
+impl Lease {
+    pub(crate) async fn grant(store: &dyn Store, ttl: Duration) -> Result<Self> {
+        let sent = Instant::now();
+        let id = store.grant(ttl).await?;
+        Ok(Self { id, ttl, valid_until: sent + ttl, next_beat: sent + ttl / 3 })
+    }
+
+    /// Comes back when it is time to renew.
+    pub(crate) async fn due(&self) {
+        tokio::time::sleep_until(self.next_beat).await;
+    }
+
+    /// Runs a call no longer than the lease surely lives.
+    pub(crate) async fn within<T>(&self, call: impl Future<Output = Result<T>>) -> Result<T> {
+        let answer = tokio::time::timeout_at(self.valid_until, call).await;
+        answer.unwrap_or(Err(Error::LeaseLost(self.id)))
+    }
+
+    /// Renews the lease. A store that is away is no error while the lease surely lives: the next beat comes sooner.
+    pub(crate) async fn beat(&mut self, store: &dyn Store) -> Result<()> {
+        let sent = Instant::now();
+        match self.within(store.keep_alive(self.id)).await {
+            Ok(kept) => {
+                self.valid_until = sent + kept.remaining.min(self.ttl);
+                self.next_beat = sent + self.ttl / 3;
+                Ok(())
+            }
+            Err(error) if error.retryable() && Instant::now() < self.valid_until => {
+                tracing::debug!(lease = %self.id, %error, "a lease could not be renewed yet");
+                self.next_beat = Instant::now() + self.ttl / 10;
+                Ok(())
+            }
+            Err(error) if error.retryable() => Err(Error::LeaseLost(self.id)),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::memory::MemoryStore;
+
+    const TTL: Duration = Duration::from_secs(6);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_is_renewed_in_time_lives_on() {
+        let store = MemoryStore::new();
+        let mut lease = Lease::grant(&store, TTL).await.unwrap();
+        store.put("k", "v".into(), Some(lease.id)).await.unwrap();
+        for _ in 0..10 {
+            lease.due().await;
+            lease.beat(&store).await.unwrap();
+        }
+        assert!(store.get("k").await.unwrap().is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_whose_time_is_over_is_lost() {
+        let store = MemoryStore::new();
+        let mut lease = Lease::grant(&store, TTL).await.unwrap();
+        tokio::time::advance(TTL).await;
+        assert_eq!(lease.beat(&store).await, Err(Error::LeaseLost(lease.id)));
+    }
+}

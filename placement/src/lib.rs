@@ -1,0 +1,29 @@
+//! Who holds which expert, and how every process of a cluster comes to agree on it.
+//!
+//! In: records that workers and routers write about themselves, and the plan the leading router writes. Out: one
+//! in-memory [`state::ClusterState`], kept current by a [`view::View`]; plans from a pure [`planner`]; registration under
+//! leases. Never here: rows, tensors, or anything on the way of a token. The data path reads a snapshot, not the store.
+//!
+//! The README beside this crate states the properties the planner, the store, membership and the view keep.
+
+mod backoff;
+mod codec;
+pub mod election;
+pub mod ids;
+pub mod keys;
+mod lease;
+pub mod lint;
+pub mod membership;
+pub mod model_key;
+pub mod plan;
+pub mod planner;
+pub mod state;
+pub mod store;
+pub mod view;
+
+pub use codec::DecodeError;
+pub use ids::{Cluster, ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
+pub use keys::Keys;
+pub use plan::Plan;
+pub use state::{ClusterState, ExpertSet, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState};
+pub use store::Store;

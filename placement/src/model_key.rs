@@ -1,0 +1,95 @@
+//! The key `model`: which model a cluster serves, written once by whoever comes first.
+//!
+//! In: the identity of the checkpoint here. Out: agreement, or the field that differs. Never here: a change. A cluster that
+//! is to serve another model is another cluster.
+
+use std::fmt::Debug;
+
+use crate::codec::DecodeError;
+use crate::keys::Keys;
+use crate::state::ModelIdentity;
+use crate::store::{self, CasOutcome, Expected, Store};
+
+/// Why a process must not join.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum IdentityError {
+    /// Another model: its experts would answer for the wrong weights.
+    #[error("the cluster serves another model: {field} is {cluster} there and {here} here")]
+    Differs {
+        /// The first field that differs.
+        field: &'static str,
+        /// Its value in this process.
+        here: String,
+        /// Its value in the cluster.
+        cluster: String,
+    },
+    /// The key holds something that is no identity.
+    #[error("the cluster's model key cannot be read: {0}")]
+    Unreadable(#[from] DecodeError),
+    /// The store is away or refuses; see [`store::Error::retryable`].
+    #[error("the cluster's model key cannot be compared: {0}")]
+    Store(#[from] store::Error),
+}
+
+/// Writes the cluster's identity if there is none, and compares with it if there is.
+///
+/// Neither the name, which is for people, nor `expert_bytes`, which follows from the dtype a process computes in, decides.
+pub async fn ensure_model(store: &dyn Store, keys: &Keys, model: &ModelIdentity) -> Result<(), IdentityError> {
+    match store.compare_and_put(&keys.model(), Expected::Absent, model.encode(), None).await? {
+        CasOutcome::Stored { .. } => Ok(()),
+        CasOutcome::Conflict { current: Some(entry) } => compare(model, &ModelIdentity::decode(&entry.value)?),
+        // Deleted between the comparison and the read of it. Whoever deletes the model of a running cluster tries again.
+        CasOutcome::Conflict { current: None } => Err(IdentityError::Store(store::Error::Closed)),
+    }
+}
+
+fn compare(here: &ModelIdentity, cluster: &ModelIdentity) -> Result<(), IdentityError> {
+    fn same<T: PartialEq + Debug>(field: &'static str, here: &T, cluster: &T) -> Result<(), IdentityError> {
+        if here == cluster {
+            return Ok(());
+        }
+        Err(IdentityError::Differs { field, here: format!("{here:?}"), cluster: format!("{cluster:?}") })
+    }
+    same("layers", &here.layers, &cluster.layers)?;
+    same("moe_layers", &here.moe_layers, &cluster.moe_layers)?;
+    same("experts", &here.experts, &cluster.experts)?;
+    same("config_digest", &here.config_digest, &cluster.config_digest)?;
+    same("checkpoint_digest", &here.checkpoint_digest, &cluster.checkpoint_digest)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{Cluster, LayerIdx};
+    use crate::store::memory::MemoryStore;
+
+    fn model() -> ModelIdentity {
+        ModelIdentity {
+            name: "tiny".into(),
+            config_digest: "c0".into(),
+            checkpoint_digest: "d0".into(),
+            layers: 2,
+            moe_layers: vec![LayerIdx(1)],
+            experts: 4,
+            expert_bytes: 64,
+        }
+    }
+
+    #[tokio::test]
+    async fn the_first_decides_and_whoever_differs_is_told_where() {
+        let store = MemoryStore::new();
+        let keys = Keys::new(&Cluster::parse("c").unwrap());
+        ensure_model(&store, &keys, &model()).await.unwrap();
+        let renamed = ModelIdentity { name: "other name".into(), expert_bytes: 128, ..model() };
+        ensure_model(&store, &keys, &renamed).await.unwrap();
+
+        let other = ModelIdentity { checkpoint_digest: "d1".into(), ..model() };
+        let error = ensure_model(&store, &keys, &other).await.unwrap_err();
+        let says = "the cluster serves another model: checkpoint_digest is \"d0\" there and \"d1\" here";
+        assert_eq!(error.to_string(), says);
+
+        store.put(&keys.model(), "no identity".into(), None).await.unwrap();
+        let unreadable = ensure_model(&store, &keys, &model()).await.unwrap_err();
+        assert!(matches!(unreadable, IdentityError::Unreadable(_)));
+    }
+}

@@ -1,0 +1,66 @@
+//! What the stories of this crate share: a real etcd, a served memory store, and waiting for something to become true.
+//!
+//! In: nothing. Out: stores to try things on. Never here: a story.
+
+#![allow(dead_code, reason = "each test binary uses a part of it")]
+
+pub mod etcd_process;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
+use conclave_placement::store::etcd::EtcdStore;
+use conclave_placement::store::memory::MemoryStore;
+use conclave_placement::store::serve::serve_memory;
+use conclave_placement::{Cluster, Incarnation, Keys, PlanVersion, WorkerId};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+/// Long enough for a loaded machine; a story that waits this long has failed.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: still waiting after {PATIENCE:?}"))
+}
+
+/// Waits until a watched value is as wanted, and returns it.
+pub async fn until<T: Clone>(what: &str, receiver: &watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> T {
+    let mut receiver = receiver.clone();
+    soon(what, async { receiver.wait_for(wanted).await.expect("its sender lives").clone() }).await
+}
+
+/// A memory store behind a socket, until dropped.
+pub struct Served {
+    pub store: Arc<EtcdStore>,
+    pub address: String,
+    _stop: DropGuard,
+}
+
+pub async fn served() -> Served {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = format!("http://{}", listener.local_addr().expect("it is bound"));
+    let token = CancellationToken::new();
+    tokio::spawn(serve_memory(MemoryStore::new(), listener, token.clone()));
+    Served { store: Arc::new(EtcdStore::new(vec![address.clone()])), address, _stop: token.drop_guard() }
+}
+
+pub fn keys() -> Keys {
+    Keys::new(&Cluster::parse("story").expect("a name"))
+}
+
+pub fn worker(name: &str, plan: u64) -> WorkerRecord {
+    WorkerRecord {
+        id: WorkerId::parse(name).expect("a name"),
+        incarnation: Incarnation::fresh(),
+        address: "127.0.0.1:7500".into(),
+        device: "cpu".into(),
+        memory_budget: 0,
+        speed: 0.0,
+        state: WorkerState::Serving,
+        resident: Residency::new(),
+        plan_version: PlanVersion(plan),
+    }
+}

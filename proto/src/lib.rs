@@ -1,0 +1,36 @@
+//! Conclave's wire contracts: one module per protobuf package, their descriptors, and errors as gRPC status.
+//!
+//! In: the `.proto` files beside this crate. Out: generated messages, clients and servers, and [`status`].
+//! Never here: behaviour. Generated types stay at the edge of the crate that speaks them.
+
+/// `conclave.inference.v1`: applications to a router.
+pub mod inference {
+    /// Version 1.
+    pub mod v1 {
+        #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+        tonic::include_proto!("conclave.inference.v1");
+    }
+}
+
+/// `conclave.expert.v1`: a router to expert workers.
+pub mod expert {
+    /// Version 1.
+    pub mod v1 {
+        #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+        tonic::include_proto!("conclave.expert.v1");
+    }
+}
+
+/// `conclave.placement.v1`: the values in the store.
+pub mod placement {
+    /// Version 1.
+    pub mod v1 {
+        #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]
+        tonic::include_proto!("conclave.placement.v1");
+    }
+}
+
+pub mod status;
+
+/// The compiled descriptors of every package above, for gRPC reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));

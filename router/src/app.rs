@@ -1,0 +1,309 @@
+//! One router, wired: a configuration comes in, a process that serves and leaves in order goes out.
+//!
+//! Start: sockets, checkpoint, the model's identity, the view and the links, the engine's thread, and the record last.
+//! End: not ready, what is in flight done, the record out of the store, the engine stopped.
+//! Never here: a decision about requests, batches or experts.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use conclave_model::{
+    checkpoint::{self, Checkpoint},
+    config::ModelConfig,
+    device::{self, init_thread},
+    generation::{self, GenerationConfig},
+    tokenizer::{self, ChatTemplate, Tokenizer},
+    transformer::Transformer,
+};
+use conclave_placement::{
+    election::Election,
+    ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId},
+    keys::Keys,
+    membership,
+    model_key::{self, IdentityError},
+    state::{ModelIdentity, RouterRecord},
+    store::{self, Store},
+    view::View,
+};
+use conclave_runtime::{
+    listen::{self, Listener},
+    probes::Probes,
+    server,
+    shutdown::Shutdown,
+    tensor_thread,
+};
+use tokio::{sync::oneshot, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::{
+    api::{ApiState, Limits, ServedModel, Service},
+    config::Config,
+    control,
+    engine::Engine,
+    metrics,
+    moe::Exchange,
+    registration::Registration,
+    scheduler::{self, Scheduler},
+    stall::Stall,
+    workers::Workers,
+};
+
+/// The service this process is there for.
+const SERVICE: &str = "conclave.inference.v1.Inference";
+
+/// Why a router could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A port could not be bound.
+    #[error(transparent)]
+    Listen(#[from] listen::Error),
+    /// No name could be made from the host's.
+    #[error(transparent)]
+    Name(#[from] InvalidName),
+    /// The device is not there.
+    #[error(transparent)]
+    Device(#[from] device::Error),
+    /// The checkpoint is not whole.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// tokenizer.json or the chat template cannot be used.
+    #[error(transparent)]
+    Tokenizer(#[from] tokenizer::Error),
+    /// generation_config.json cannot be used.
+    #[error(transparent)]
+    Generation(#[from] generation::Error),
+    /// The store cannot be spoken to.
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    /// The cluster serves another model.
+    #[error("this router may not join the cluster: {0}")]
+    Model(#[from] IdentityError),
+    /// The record could not be written.
+    #[error(transparent)]
+    Membership(#[from] membership::Error),
+    /// A thread could not be started.
+    #[error("the engine's thread could not be started: {0}")]
+    Thread(#[from] std::io::Error),
+    /// The engine ended or panicked.
+    #[error("the engine ended: {0}")]
+    Engine(String),
+    /// The public listener failed.
+    #[error(transparent)]
+    Server(#[from] server::Error),
+}
+
+/// A router that is registered and serves.
+#[derive(Debug)]
+pub struct Router {
+    id: RouterId,
+    listen: SocketAddr,
+    probes: Probes,
+    registration: Registration,
+    election: Election,
+    server: JoinHandle<Result<(), server::Error>>,
+    engine: tensor_thread::Answer<()>,
+    /// Ends the public listener.
+    closing: CancellationToken,
+    /// Ends what outlives the requests: engine, links, controller, view.
+    end: CancellationToken,
+}
+
+/// Starts a router; `None` when it was told to end before it had joined the cluster.
+pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Router>, Error> {
+    let listener = listen::bind(&config.listen)?;
+    let probes = Probes::serve(listen::bind(&config.admin_listen)?, SERVICE).await;
+    let draining = shutdown.draining();
+    let prepared = tokio::select! {
+        prepared = prepare(config, &probes) => prepared?,
+        () = draining.cancelled() => return Ok(None),
+    };
+    Ok(Some(serve(config, shutdown, listener, probes, prepared).await?))
+}
+
+/// What stands before the cluster hears of this router.
+struct Prepared {
+    model: Arc<ServedModel>,
+    store: Arc<dyn Store>,
+    keys: Keys,
+    view: View,
+    workers: Workers,
+    scheduler: scheduler::Handle,
+    engine: tensor_thread::Answer<()>,
+    end: CancellationToken,
+}
+
+async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
+    config.device.open()?;
+    let dir = config.model.clone();
+    let opened = tokio::task::spawn_blocking(move || open(&dir));
+    let (checkpoint, mut model) = opened.await.map_err(std::io::Error::other)??;
+    if let Some(name) = &config.model_name {
+        model.name.clone_from(name);
+    }
+    let store = store::connect(&config.store)?;
+    let keys = Keys::new(&config.cluster);
+    model_key::agree(&*store, &keys, &identity(&checkpoint, &model)).await?;
+
+    let end = CancellationToken::new();
+    let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
+    let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone());
+    metrics::register(&probes.registry, workers.clone());
+    let stall = Arc::new(Stall::default());
+    let (scheduler, queue) = scheduler::queue(Arc::clone(&stall));
+    let exchange = Exchange {
+        workers: workers.clone(),
+        mode: config.combine,
+        encoding: config.encoding(),
+        hidden: model.config.hidden_size,
+        patience: config.batch_timeout(),
+        stall,
+    };
+    let engine = start_engine(config, checkpoint, exchange, queue, end.clone()).await?;
+    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, scheduler, engine, end })
+}
+
+/// Reads all of the folder but the weights.
+fn open(dir: &std::path::Path) -> Result<(Checkpoint, ServedModel), Error> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let model = ServedModel {
+        name: checkpoint.name(),
+        config: checkpoint.config().clone(),
+        identity: checkpoint.identity()?,
+        tokenizer: Tokenizer::load(dir)?,
+        chat_template: ChatTemplate::load(dir)?,
+        generation: GenerationConfig::load(dir)?,
+    };
+    Ok((checkpoint, model))
+}
+
+/// What every member of a cluster must agree on.
+fn identity(checkpoint: &Checkpoint, model: &ServedModel) -> ModelIdentity {
+    let config: &ModelConfig = &model.config;
+    ModelIdentity {
+        name: checkpoint.name(),
+        config_digest: model.identity.config_digest.clone(),
+        checkpoint_digest: model.identity.checkpoint_digest.clone(),
+        layers: config.num_hidden_layers as u32,
+        moe_layers: config.moe_layers().map(|layer| LayerIdx(layer as u32)).collect(),
+        experts: config.n_routed_experts as u32,
+        expert_bytes: checkpoint.expert_bytes(),
+    }
+}
+
+/// Starts the engine's thread and waits until it has mapped the weights.
+async fn start_engine(
+    config: &Config,
+    checkpoint: Checkpoint,
+    exchange: Exchange,
+    queue: scheduler::Queue,
+    stop: CancellationToken,
+) -> Result<tensor_thread::Answer<()>, Error> {
+    let (compute, threads) = (config.compute(), config.threads);
+    let scheduler = Scheduler { limits: config.limits() };
+    let (loaded, is_loaded) = oneshot::channel();
+    let engine = tensor_thread::spawn_local("engine", move || async move {
+        init_thread(threads);
+        match Transformer::load(&checkpoint, compute, |layers| tracing::debug!(layers, "loaded")) {
+            Ok(transformer) => {
+                // Nobody waits any more where the process was told to end.
+                let _ = loaded.send(Ok(()));
+                Engine { transformer, exchange, scheduler }.run(queue, stop).await;
+            }
+            Err(error) => {
+                let _ = loaded.send(Err(error));
+            }
+        }
+    })?;
+    match is_loaded.await {
+        Ok(loaded) => loaded.map(|()| engine).map_err(Error::from),
+        Err(_) => Err(Error::Engine(ended(engine.await))),
+    }
+}
+
+async fn serve(
+    config: &Config,
+    shutdown: &Shutdown,
+    listener: Listener,
+    probes: Probes,
+    prepared: Prepared,
+) -> Result<Router, Error> {
+    let Prepared { model, store, keys, view, workers, scheduler, engine, end } = prepared;
+    let listen = listener.local_addr;
+    let id = match &config.id {
+        Some(id) => id.clone(),
+        None => RouterId::default_for("router", &listen::host(), listen.port())?,
+    };
+    let incarnation = Incarnation::fresh();
+    let closing = CancellationToken::new();
+    let limits = Limits { request_timeout: config.request_timeout() };
+    let service = Service::new(ApiState { model, scheduler, limits, draining: shutdown.draining() });
+    let (reflection, reflection_alpha) = server::reflection(&[SERVICE])?;
+    let router = server::public()
+        .add_service(probes.health.service())
+        .add_service(reflection)
+        .add_service(reflection_alpha)
+        .add_service(service.into_server());
+    let server = tokio::spawn(server::serve(router, listener, closing.clone(), config.drain_grace()));
+
+    let record = RouterRecord {
+        id: id.clone(),
+        incarnation,
+        inference_address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listen)),
+        admin_address: listen::reachable(probes.address),
+        plan_version: PlanVersion::NONE,
+    };
+    let registration =
+        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch(), end.clone())
+            .await?;
+    let election =
+        Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
+    let controller =
+        control::run(store, keys, config.policy(), view.subscribe(), election.is_leader(), end.clone());
+    tokio::spawn(async move {
+        controller.await;
+        // The view lives as long as somebody follows it.
+        drop(view);
+    });
+    Ok(Router { id, listen, probes, registration, election, server, engine, closing, end })
+}
+
+impl Router {
+    /// Serves until told to drain, then leaves in order. Fails when the engine or the listener ends by itself.
+    pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
+        self.probes.set(true).await;
+        info!(id = %self.id, listen = %self.listen, admin = %self.probes.address, "ready");
+        let draining = shutdown.draining();
+        let result = tokio::select! {
+            () = draining.cancelled() => Ok(()),
+            answer = &mut self.engine => Err(Error::Engine(ended(answer))),
+            served = &mut self.server => Err(match served {
+                Ok(Err(error)) => error.into(),
+                Ok(Ok(())) | Err(_) => Error::Engine("the public listener ended by itself".to_owned()),
+            }),
+        };
+        self.probes.set(false).await;
+        self.closing.cancel();
+        if result.is_ok() {
+            // Waits for the streams in flight, at most for the grace.
+            match self.server.await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(%error, "the public listener did not close cleanly"),
+                Err(error) => tracing::error!(%error, "the public listener panicked while closing"),
+            }
+        }
+        self.election.resign().await;
+        self.registration.leave().await;
+        self.end.cancel();
+        if result.is_ok()
+            && let Err(error) = self.engine.await
+        {
+            tracing::error!(%error, "the engine did not stop cleanly");
+        }
+        info!("left the cluster");
+        result
+    }
+}
+
+fn ended(answer: Result<(), tensor_thread::Error>) -> String {
+    answer.map_or_else(|error| error.to_string(), |()| "it stopped".to_owned())
+}

@@ -1,0 +1,189 @@
+//! What an operator decides for one router: flags, environment and config file come in through the runtime, checked
+//! values go out. Nothing is opened or bound here.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use clap::Parser;
+use conclave_model::{
+    device::{Compute, Device, Dtype, Numerics},
+    wire::Encoding,
+};
+use conclave_placement::ids::{Cluster, RouterId};
+use conclave_runtime::telemetry::LogFormat;
+use serde::{Deserialize, Serialize, Serializer};
+
+use crate::{control::Policy, moe::Mode, scheduler::policy::Limits};
+
+/// Serves a model: attention and the gate here, experts on the workers of the cluster.
+#[derive(Debug, Clone, Parser, Serialize)]
+#[command(name = "conclave-router", version)]
+pub struct Config {
+    /// Checkpoint folder (Hugging Face layout)
+    #[arg(long, value_name = "DIR")]
+    pub model: PathBuf,
+    /// Name that requests may ask for [default: the folder's]
+    #[arg(long, value_name = "NAME")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model_name: Option<String>,
+    /// Cluster to join
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    #[serde(serialize_with = "as_text")]
+    pub cluster: Cluster,
+    /// Where the cluster's state lives
+    #[arg(long, value_name = "SPEC", default_value = "etcd=http://127.0.0.1:2379")]
+    pub store: String,
+    /// This router's name [default: from the host's name and the port]
+    #[arg(long, value_name = "NAME")]
+    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub id: Option<RouterId>,
+    /// Where attention is computed: cpu or cuda:N
+    #[arg(long, default_value = "cpu")]
+    pub device: Device,
+    /// Number format of the computation: f32 or bf16
+    #[arg(long, default_value = "bf16")]
+    pub dtype: Dtype,
+    /// fast, or reproducible: a row's bits do not depend on its batch
+    #[arg(long, default_value = "fast")]
+    pub numerics: Numerics,
+    /// Threads for tensor work; 0 takes all cores
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub threads: usize,
+    /// Where clients connect; port 0 takes a free one
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
+    pub listen: String,
+    /// Where probes, metrics and operators connect
+    #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7600")]
+    pub admin_listen: String,
+    /// How clients reach this router [default: the bound listen address]
+    #[arg(long, value_name = "HOST:PORT")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub advertise: Option<String>,
+    /// Workers that should hold each expert
+    #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub replicas: u32,
+    /// Workers that the first plan waits for
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub min_workers: usize,
+    /// Rows come back per assignment (placement does not show in the result) or summed by each worker (fewest bytes)
+    #[arg(long, value_enum, default_value = "per-assignment")]
+    pub combine: Mode,
+    /// How rows travel to workers [default: as they are computed]
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub wire: Option<Wire>,
+    /// Deadline of a request that brings none, and the longest one believed, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..=86400))]
+    pub request_timeout: u64,
+    /// How long a worker may take for one batch before its rows are sent elsewhere, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
+    pub batch_timeout: u64,
+    /// Rows in one step, of all sequences together
+    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_batched_tokens: u32,
+    /// Sequences in one step
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub max_sequences: u32,
+    /// How long the cluster remembers a router that went silent, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub lease_ttl: u64,
+    /// How long a router that leaves may finish what it has accepted, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
+    pub drain_grace: u64,
+    /// text or json
+    #[arg(long, value_enum, default_value = "text")]
+    pub log_format: LogFormat,
+    /// Drain when the process that started this one ends
+    #[arg(long)]
+    pub die_with_parent: bool,
+}
+
+/// The name of an encoding on the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Wire {
+    /// 4 bytes a value.
+    F32,
+    /// 2 bytes a value.
+    Bf16,
+    /// 1 byte a value and a scale per 128.
+    Fp8,
+}
+
+impl Config {
+    /// How this process computes.
+    pub fn compute(&self) -> Compute {
+        Compute { device: self.device, dtype: self.dtype, numerics: self.numerics }
+    }
+
+    /// How rows travel.
+    pub fn encoding(&self) -> Encoding {
+        match (self.wire, self.dtype) {
+            (Some(Wire::F32), _) | (None, Dtype::F32) => Encoding::F32,
+            (Some(Wire::Bf16), _) | (None, Dtype::Bf16) => Encoding::Bf16,
+            (Some(Wire::Fp8), _) => Encoding::Fp8Block128,
+        }
+    }
+
+    /// What the controller plans by.
+    pub fn policy(&self) -> Policy {
+        Policy { replicas: self.replicas, min_workers: self.min_workers }
+    }
+
+    /// What one step may hold.
+    pub fn limits(&self) -> Limits {
+        Limits { tokens: self.max_batched_tokens as usize, sequences: self.max_sequences as usize }
+    }
+
+    /// Default and longest deadline of a request.
+    pub fn request_timeout(&self) -> Duration {
+        Duration::from_secs(self.request_timeout)
+    }
+
+    /// How long a worker may take for a batch.
+    pub fn batch_timeout(&self) -> Duration {
+        Duration::from_secs(self.batch_timeout)
+    }
+
+    /// Of this router's lease.
+    pub fn lease_ttl(&self) -> Duration {
+        Duration::from_secs(self.lease_ttl)
+    }
+
+    /// For what was accepted before the drain.
+    pub fn drain_grace(&self) -> Duration {
+        Duration::from_secs(self.drain_grace)
+    }
+}
+
+fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn as_optional_text<S: Serializer>(value: &Option<impl fmt::Display>, serializer: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_none(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        use clap::CommandFactory;
+        Config::command().debug_assert();
+    }
+
+    #[test]
+    fn rows_travel_as_they_are_computed_unless_told_otherwise() {
+        let encoding = |args: &[&str]| {
+            let args = ["conclave-router", "--model", "m"].iter().chain(args);
+            Config::try_parse_from(args).expect("valid").encoding()
+        };
+        assert_eq!(encoding(&[]), Encoding::Bf16);
+        assert_eq!(encoding(&["--dtype", "f32"]), Encoding::F32);
+        assert_eq!(encoding(&["--dtype", "f32", "--wire", "fp8"]), Encoding::Fp8Block128);
+    }
+}

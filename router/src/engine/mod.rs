@@ -1,0 +1,134 @@
+//! The engine: one OS thread that owns the model's router half and every sequence's cache.
+//!
+//! In: submissions from the scheduler's queue. Out: events to each request's stream.
+//! Never here: a socket, a lock held over a step, an unbounded wait. A step ends with its latest deadline at the latest.
+
+mod running;
+mod step;
+
+use std::time::Duration;
+
+use conclave_model::{cache::SequenceCache, transformer::Transformer};
+use conclave_proto::status::Failure;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use crate::{
+    moe::{Exchange, exchange},
+    scheduler::{Queue, Scheduler, Submission, policy::Candidate, policy::Grant},
+};
+
+use running::Running;
+
+/// Sequences, computing or waiting, that the engine looks at; more wait in the queue, and that is bounded too.
+const SEQUENCES_HELD: usize = 256;
+/// How often a reader that fell behind is looked at again while nothing else is to do.
+const READER_CHECK: Duration = Duration::from_millis(5);
+/// What a client is told to wait whose request met an expert without a holder.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// Everything a step needs.
+#[derive(Debug)]
+pub struct Engine {
+    /// Embedding, attention, gates, shared experts, head.
+    pub transformer: Transformer,
+    /// The way to the routed experts.
+    pub exchange: Exchange,
+    /// Chooses each step's sequences.
+    pub scheduler: Scheduler,
+}
+
+impl Engine {
+    /// Runs until `stop` and nothing is left to compute, or until every handle is gone.
+    pub async fn run(self, mut queue: Queue, stop: CancellationToken) {
+        let mut sequences: Vec<Running> = Vec::new();
+        loop {
+            self.admit(&mut queue, &mut sequences);
+            sequences.retain_mut(|sequence| !sequence.is_over());
+            if let Some(grants) = self.scheduler.next(&candidates(&sequences)) {
+                self.step(&mut sequences, &grants).await;
+                // Other tasks of this thread get their turn even when every exchange was answered at once.
+                tokio::task::yield_now().await;
+            } else if !sequences.is_empty() {
+                tokio::time::sleep(READER_CHECK).await;
+            } else {
+                tokio::select! {
+                    submission = queue.recv() => match submission {
+                        Some(submission) => sequences.push(self.open(submission)),
+                        None => return,
+                    },
+                    () = stop.cancelled() => return,
+                }
+            }
+        }
+    }
+
+    fn admit(&self, queue: &mut Queue, sequences: &mut Vec<Running>) {
+        while sequences.len() < SEQUENCES_HELD {
+            match queue.try_recv() {
+                Ok(submission) => sequences.push(self.open(submission)),
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn open(&self, submission: Submission) -> Running {
+        debug!(request = %submission.request.request_id, tokens = submission.request.prompt.len(), "admitted");
+        Running::new(submission, SequenceCache::new(self.transformer.config(), self.transformer.compute()))
+    }
+
+    /// One forward pass over the granted rows, then a token for each sequence whose rows are all computed.
+    async fn step(&self, sequences: &mut [Running], grants: &[Grant]) {
+        let started = Instant::now();
+        let mut batch: Vec<(&mut Running, usize)> = Vec::with_capacity(grants.len());
+        for (index, sequence) in sequences.iter_mut().enumerate() {
+            if let Some(grant) = grants.iter().find(|grant| grant.index == index) {
+                sequence.joined(started);
+                batch.push((sequence, grant.tokens));
+            }
+        }
+        let deadline = batch.iter().map(|(sequence, _)| sequence.deadline()).max().unwrap_or(started);
+        // A step that nobody waits for any more is given up, whatever it was waiting for itself.
+        let readers: Vec<_> = batch.iter().map(|(sequence, _)| sequence.events.clone()).collect();
+        let abandoned = async {
+            for events in &readers {
+                events.closed().await;
+            }
+        };
+        let passed = tokio::select! {
+            passed = step::forward(&self.transformer, &self.exchange, &mut batch, deadline) => passed,
+            () = abandoned => {
+                batch.iter_mut().for_each(|(sequence, _)| sequence.rewind());
+                return;
+            }
+        };
+        match passed {
+            Ok(logits) => {
+                for ((sequence, tokens), logits) in batch.iter_mut().zip(logits) {
+                    sequence.advance(*tokens, &logits);
+                }
+            }
+            Err(error) => {
+                warn!(%error, sequences = batch.len(), "step failed");
+                let exchange::Error::Deadline { waiting_for, .. } = &error;
+                for (sequence, _) in &mut batch {
+                    sequence.rewind();
+                    sequence.fail(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER));
+                }
+            }
+        }
+    }
+}
+
+fn candidates(sequences: &[Running]) -> Vec<Candidate> {
+    let ready = sequences.iter().enumerate().filter(|(_, sequence)| sequence.reader_keeps_up());
+    ready
+        .map(|(index, sequence)| Candidate {
+            index,
+            pending: sequence.pending(),
+            decoding: sequence.is_decoding(),
+            priority: sequence.priority(),
+        })
+        .collect()
+}

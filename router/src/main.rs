@@ -1,0 +1,37 @@
+//! `conclave-router`: configuration, telemetry, start, ready, drain. The router itself is in the library.
+//!
+//! Exit status: 0 after a drain, 1 when it could not start or serve, 64 when the configuration is wrong, 130 after a
+//! second signal.
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use conclave_router::{app, config::Config};
+use conclave_runtime::{config, parent, shutdown::Shutdown, telemetry};
+
+fn main() -> ExitCode {
+    let config: Config = config::load("CONCLAVE");
+    telemetry::init("conclave-router", config.log_format);
+    match run(&config) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: &Config) -> anyhow::Result<()> {
+    if config.die_with_parent {
+        parent::die_with_parent().context("cannot follow the parent process")?;
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    runtime.block_on(async {
+        let shutdown = Shutdown::on_signals();
+        match app::start(config, &shutdown).await? {
+            Some(router) => router.run(&shutdown).await?,
+            None => tracing::info!("told to end before joining the cluster"),
+        }
+        Ok(())
+    })
+}

@@ -1,0 +1,280 @@
+//! Sends a layer's rows to the workers that hold their experts, and stays until every row is back.
+//!
+//! In: normed rows and their routing. Out: each row's weighted sum, f32 `[T, D]`.
+//! Never here: an answer without all its parts. What a worker did not compute is planned again on another, or the step
+//! waits for a holder until its deadline.
+
+use std::{sync::Arc, time::Duration};
+
+use conclave_model::{
+    gate::Routing,
+    wire::{self, Encoding},
+};
+use futures::{StreamExt, stream::FuturesUnordered};
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+use tracing::debug;
+
+use super::{
+    combine,
+    plan::{self, Assignment, Part},
+};
+use crate::{
+    stall::Stall,
+    workers::{Dispatch, Refusal, Reply, Snapshot, Workers},
+};
+
+/// Before rows refused as BUSY without a hint are sent again, and the longest hint believed.
+const BUSY_WAIT: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+
+/// What comes back from a worker, and so who does the weighted sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// One unweighted row per assignment; the router sums in gate order, so placement does not show in the result.
+    PerAssignment,
+    /// One weighted row per row sent: fewest bytes.
+    PartialSum,
+}
+
+/// The router's end of dispatch and combine.
+#[derive(Clone, Debug)]
+pub struct Exchange {
+    /// Who can be asked.
+    pub workers: Workers,
+    /// What comes back.
+    pub mode: Mode,
+    /// How rows go out.
+    pub encoding: Encoding,
+    /// D.
+    pub hidden: usize,
+    /// How long a worker may take for one batch before it is suspect.
+    pub patience: Duration,
+    /// Where it is told that a step waits.
+    pub stall: Arc<Stall>,
+}
+
+/// Why a layer's sum is not complete.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// The deadline came first.
+    #[error("layer {layer} was not complete at its deadline: {waiting_for}")]
+    Deadline {
+        /// Where the step stood.
+        layer: u32,
+        /// What it waited for.
+        waiting_for: String,
+    },
+}
+
+/// Everything one layer's exchange has in hand.
+struct Round<'a> {
+    exchange: &'a Exchange,
+    layer: u32,
+    rows: &'a [f32],
+    routing: &'a Routing,
+    deadline: Instant,
+    /// Assignments that are neither back nor on their way.
+    todo: Vec<Assignment>,
+    /// `(worker, epoch)` that failed in this round: not asked again over the same connection.
+    failed: Vec<(String, u64)>,
+    last_failure: Option<String>,
+    /// Rows by slot, or complete parts, as they come back.
+    slots: Vec<f32>,
+    partials: Vec<(Vec<u32>, u32, Vec<f32>)>,
+}
+
+/// One part on its way, with what is needed to plan it again.
+struct Sent {
+    part: Part,
+    worker: (String, u64),
+    reply: Reply,
+}
+
+impl Exchange {
+    /// The sum over each row's experts for `rows` `[T, D]` of `layer`, before `deadline`.
+    pub async fn routed(
+        &self,
+        layer: u32,
+        rows: &[f32],
+        routing: &Routing,
+        deadline: Instant,
+    ) -> Result<Vec<f32>, Error> {
+        let per_row = routing.experts_per_row;
+        let todo = (0u32..)
+            .zip(&routing.expert_ids)
+            .map(|(slot, &expert)| Assignment { slot, row: slot / per_row as u32, expert })
+            .collect();
+        let slots = match self.mode {
+            Mode::PerAssignment => vec![0.0; routing.expert_ids.len() * self.hidden],
+            Mode::PartialSum => Vec::new(),
+        };
+        let round = Round {
+            exchange: self,
+            layer,
+            rows,
+            routing,
+            deadline,
+            todo,
+            failed: Vec::new(),
+            last_failure: None,
+            slots,
+            partials: Vec::new(),
+        };
+        let complete = round.run().await;
+        self.stall.clear();
+        complete
+    }
+}
+
+impl Round<'_> {
+    async fn run(mut self) -> Result<Vec<f32>, Error> {
+        let mut snapshots = self.exchange.workers.watch();
+        let mut flying = FuturesUnordered::new();
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            for part in self.plan(&snapshot) {
+                flying.push(self.send(&snapshot, part));
+            }
+            if self.todo.is_empty() && flying.is_empty() {
+                return Ok(self.sum());
+            }
+            let waits = !self.todo.is_empty();
+            tokio::select! {
+                Some(sent) = flying.next() => self.receive(sent),
+                // The pool lives as long as this handle; were it gone, the deadline would end the wait.
+                Ok(()) = snapshots.changed(), if waits => {}
+                () = tokio::time::sleep_until(self.deadline) => return Err(self.late()),
+            }
+        }
+    }
+
+    /// Parts for all that is to do, or none while an expert has no holder.
+    fn plan(&mut self, snapshot: &Snapshot) -> Vec<Part> {
+        if self.todo.is_empty() {
+            return Vec::new();
+        }
+        let failed = |reach: &crate::workers::Reach| {
+            self.failed.iter().any(|(id, epoch)| *id == reach.id.as_str() && *epoch == reach.epoch)
+        };
+        let excluded: Vec<u32> =
+            (0u32..).zip(&snapshot.workers).filter(|(_, reach)| failed(reach)).map(|(index, _)| index).collect();
+        match plan::plan(&self.todo, |expert| snapshot.holders(self.layer, expert), &excluded) {
+            Ok(parts) => {
+                self.todo.clear();
+                self.exchange.stall.clear();
+                parts
+            }
+            Err(plan::NoHolder { expert }) => {
+                let reason = if snapshot.workers.is_empty() {
+                    "no expert worker can be reached".to_owned()
+                } else {
+                    format!("expert {expert} of layer {} has no holder", self.layer)
+                };
+                self.exchange.stall.set(match &self.last_failure {
+                    Some(failure) => format!("{reason} ({failure})"),
+                    None => reason,
+                });
+                Vec::new()
+            }
+        }
+    }
+
+    /// One part to its worker, as a future that borrows nothing of the round.
+    fn send(&self, snapshot: &Snapshot, part: Part) -> impl Future<Output = Sent> + use<> {
+        let reach = snapshot.workers[part.worker as usize].clone();
+        let dispatch = self.dispatch(snapshot, &part);
+        let (patience, deadline) = (self.exchange.patience, self.deadline);
+        async move {
+            let reply = reach.link.call(&dispatch, patience, deadline).await;
+            if let Reply::Refused(Refusal::Busy(after)) = &reply {
+                tokio::time::sleep((*after).clamp(BUSY_WAIT.0, BUSY_WAIT.1)).await;
+            }
+            Sent { part, worker: (reach.id.as_str().to_owned(), reach.epoch), reply }
+        }
+    }
+
+    fn dispatch(&self, snapshot: &Snapshot, part: &Part) -> Dispatch {
+        let hidden = self.exchange.hidden;
+        let mut gathered = Vec::with_capacity(part.rows.len() * hidden);
+        for &row in &part.rows {
+            let start = row as usize * hidden;
+            gathered.extend_from_slice(&self.rows[start..start + hidden]);
+        }
+        let (values, scales) = wire::encode(&gathered, hidden, self.exchange.encoding);
+        let weight = |assignment: &Assignment| self.routing.weights[assignment.slot as usize];
+        Dispatch {
+            layer: self.layer,
+            plan_version: snapshot.plan_version.0,
+            encoding: self.exchange.encoding,
+            rows: part.rows.len(),
+            hidden: values,
+            scales,
+            expert_ids: part.assignments.iter().map(|assignment| assignment.expert).collect(),
+            row_ids: part.row_ids.clone(),
+            weights: match self.exchange.mode {
+                Mode::PerAssignment => None,
+                Mode::PartialSum => Some(part.assignments.iter().map(weight).collect()),
+            },
+        }
+    }
+
+    /// Keeps what is back; puts what is not on the list again.
+    fn receive(&mut self, Sent { part, worker, reply }: Sent) {
+        let hidden = self.exchange.hidden;
+        match reply {
+            Reply::Rows(rows) => match self.exchange.mode {
+                Mode::PerAssignment => {
+                    for (assignment, row) in part.assignments.iter().zip(rows.chunks_exact(hidden)) {
+                        let start = assignment.slot as usize * hidden;
+                        self.slots[start..start + hidden].copy_from_slice(row);
+                    }
+                }
+                Mode::PartialSum => {
+                    let first = part.assignments.first().map_or(0, |assignment| assignment.slot);
+                    self.partials.push((part.rows, first, rows));
+                }
+            },
+            Reply::Refused(Refusal::Busy(_)) => self.again(part, format!("worker {} is busy", worker.0)),
+            Reply::Refused(refusal) => {
+                let failure = format!("worker {} refused: {refusal}", worker.0);
+                self.failed.push(worker);
+                self.again(part, failure);
+            }
+            Reply::Lost(failure) => {
+                self.failed.push(worker);
+                self.again(part, failure);
+            }
+        }
+    }
+
+    fn again(&mut self, part: Part, failure: String) {
+        debug!(layer = self.layer, rows = part.rows.len(), %failure, "planning rows again");
+        self.last_failure = Some(failure);
+        self.todo.extend(part.assignments);
+        self.todo.sort_unstable_by_key(|assignment| assignment.slot);
+    }
+
+    fn sum(mut self) -> Vec<f32> {
+        let (hidden, routing) = (self.exchange.hidden, self.routing);
+        match self.exchange.mode {
+            Mode::PerAssignment => {
+                combine::per_assignment(&self.slots, &routing.weights, routing.experts_per_row, hidden)
+            }
+            Mode::PartialSum => {
+                let mut sums = vec![0.0; self.rows.len()];
+                // In an order that does not depend on who answered first.
+                self.partials.sort_unstable_by_key(|(_, first_slot, _)| *first_slot);
+                for (indices, _, rows) in &self.partials {
+                    combine::add_partial(&mut sums, indices, rows, hidden);
+                }
+                sums
+            }
+        }
+    }
+
+    fn late(&self) -> Error {
+        let waiting_for = self.exchange.stall.reason().unwrap_or_else(|| "answers from expert workers".to_owned());
+        Error::Deadline { layer: self.layer, waiting_for }
+    }
+}

@@ -1,0 +1,129 @@
+//! Which rows go to which worker. Pure: no clock, no network, no tensors.
+//!
+//! In: assignments (this row, that expert) and who holds what. Out: one [`Part`] per worker that gets anything.
+//! Never here: an assignment dropped or doubled. Each is in exactly one part, or the plan fails naming its expert.
+
+use std::collections::BTreeMap;
+
+/// One row's use of one expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Assignment {
+    /// Its place in the routing, `row * K + k`.
+    pub slot: u32,
+    /// Row of the step's batch.
+    pub row: u32,
+    /// Chosen expert.
+    pub expert: u16,
+}
+
+/// What one worker gets. Assignments are in slot order; each of its rows is listed once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Index into the snapshot's workers.
+    pub worker: u32,
+    /// Rows of the step's batch, ascending.
+    pub rows: Vec<u32>,
+    /// Its assignments.
+    pub assignments: Vec<Assignment>,
+    /// Per assignment, the position of its row in `rows`.
+    pub row_ids: Vec<u32>,
+}
+
+/// Nobody who can be asked holds this expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoHolder {
+    /// Which one.
+    pub expert: u16,
+}
+
+/// Assigns `assignments` (in slot order) to holders.
+///
+/// All rows of an expert go to one replica: reading its weights is the cost, so sixteen rows cost as one. Experts are
+/// taken from the most rows to the fewest, and each goes to its holder with the least so far.
+pub fn plan<'a>(
+    assignments: &[Assignment],
+    holders: impl Fn(u16) -> &'a [u32],
+    excluded: &[u32],
+) -> Result<Vec<Part>, NoHolder> {
+    let mut rows_of: BTreeMap<u16, u32> = BTreeMap::new();
+    for assignment in assignments {
+        *rows_of.entry(assignment.expert).or_default() += 1;
+    }
+    let mut experts: Vec<(u16, u32)> = rows_of.into_iter().collect();
+    experts.sort_by_key(|&(expert, rows)| (std::cmp::Reverse(rows), expert));
+
+    let mut load: BTreeMap<u32, u32> = BTreeMap::new();
+    let mut chosen: BTreeMap<u16, u32> = BTreeMap::new();
+    for (expert, rows) in experts {
+        let able = holders(expert).iter().copied().filter(|worker| !excluded.contains(worker));
+        let least = able.min_by_key(|worker| (load.get(worker).copied().unwrap_or(0), *worker));
+        let worker = least.ok_or(NoHolder { expert })?;
+        *load.entry(worker).or_default() += rows;
+        chosen.insert(expert, worker);
+    }
+
+    let mut parts: BTreeMap<u32, Part> = BTreeMap::new();
+    for assignment in assignments {
+        let worker = chosen[&assignment.expert];
+        let part = parts.entry(worker).or_insert_with(|| Part {
+            worker,
+            rows: Vec::new(),
+            assignments: Vec::new(),
+            row_ids: Vec::new(),
+        });
+        if part.rows.last() != Some(&assignment.row) {
+            part.rows.push(assignment.row);
+        }
+        part.row_ids.push(part.rows.len() as u32 - 1);
+        part.assignments.push(*assignment);
+    }
+    Ok(parts.into_values().collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn every_assignment_is_in_one_part_at_a_holder(
+            routing in prop::collection::vec(prop::collection::btree_set(0u16..12, 3), 1..20),
+            holders in prop::collection::vec(prop::collection::btree_set(0u32..5, 0..4), 12),
+            excluded in prop::collection::vec(0u32..5, 0..2),
+        ) {
+            let assignments: Vec<Assignment> = routing.iter().flatten().enumerate()
+                .map(|(slot, &expert)| Assignment { slot: slot as u32, row: slot as u32 / 3, expert })
+                .collect();
+            let holders: Vec<Vec<u32>> = holders.into_iter().map(|set| set.into_iter().collect()).collect();
+            let able = |expert: u16| holders[expert as usize].iter().any(|worker| !excluded.contains(worker));
+            match plan(&assignments, |expert| &holders[expert as usize], &excluded) {
+                Err(NoHolder { expert }) => prop_assert!(!able(expert)),
+                Ok(parts) => {
+                    let mut slots: Vec<u32> = Vec::new();
+                    for part in &parts {
+                        prop_assert!(!excluded.contains(&part.worker));
+                        prop_assert!(part.rows.windows(2).all(|pair| pair[0] < pair[1]), "each row once");
+                        for (assignment, &row) in part.assignments.iter().zip(&part.row_ids) {
+                            prop_assert_eq!(part.rows[row as usize], assignment.row);
+                            prop_assert!(holders[assignment.expert as usize].contains(&part.worker));
+                            slots.push(assignment.slot);
+                        }
+                    }
+                    slots.sort_unstable();
+                    prop_assert_eq!(slots, (0..assignments.len() as u32).collect::<Vec<_>>());
+                    prop_assert!(parts.windows(2).all(|pair| pair[0].worker < pair[1].worker));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn replicas_share_the_rows() {
+        let assignments: Vec<Assignment> =
+            (0..8).map(|slot| Assignment { slot, row: slot, expert: slot as u16 % 4 }).collect();
+        let parts = plan(&assignments, |_| &[0, 1], &[]).expect("held");
+        assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 4]);
+    }
+}

@@ -1,0 +1,271 @@
+//! One long-lived exchange stream to one worker, connected again whenever it breaks.
+//!
+//! In: dispatches. Out: a reply each, or word that it is lost, at once when the stream breaks.
+//! Never here: a dispatch sent twice, an answer for one batch given to another, a wait without an end.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
+
+use conclave_placement::ids::WorkerId;
+use conclave_proto::expert::v1::{self as pb, expert_worker_client::ExpertWorkerClient};
+use conclave_runtime::channel;
+use parking_lot::Mutex;
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::{Instant, timeout},
+};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::{Streaming, transport::Endpoint};
+use tracing::{debug, warn};
+
+use super::{Counters, codec};
+
+/// Messages between the engine and the socket.
+const SEND_QUEUE: usize = 64;
+/// Until a new stream must have been accepted.
+const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
+/// Between two attempts to connect: the first, and the longest.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+/// How long a worker whose answer could not be believed is left alone.
+const QUARANTINE: Duration = Duration::from_secs(5);
+
+/// Whether a worker can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinkState {
+    /// No stream.
+    Down,
+    /// There is one, the `epoch`-th.
+    Up {
+        /// Counts connections.
+        epoch: u64,
+    },
+}
+
+/// A cheap handle on one worker's stream.
+#[derive(Clone, Debug)]
+pub struct Link(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    worker: WorkerId,
+    hidden: usize,
+    next_batch: AtomicU64,
+    stream: Mutex<Stream>,
+    counters: Arc<Counters>,
+    stop: CancellationToken,
+}
+
+/// The connection of the moment.
+#[derive(Debug, Default)]
+struct Stream {
+    epoch: u64,
+    /// `None` while there is no connection.
+    out: Option<mpsc::Sender<pb::DispatchBatch>>,
+    waiting: HashMap<u64, Waiting>,
+    /// Ends the connection of the moment.
+    cut: CancellationToken,
+    quarantined: bool,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    rows: usize,
+    answer: oneshot::Sender<codec::Reply>,
+}
+
+/// Forgets a batch whose caller stopped waiting, so that its late answer is dropped.
+struct Forget<'a> {
+    link: &'a Link,
+    batch_id: u64,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        self.link.0.stream.lock().waiting.remove(&self.batch_id);
+    }
+}
+
+impl Link {
+    /// Starts connecting to `address`. Each change of state sends one event.
+    pub(super) fn open(
+        worker: &WorkerId,
+        address: &str,
+        hidden: usize,
+        counters: Arc<Counters>,
+        events: mpsc::Sender<()>,
+        stop: CancellationToken,
+    ) -> Result<Self, channel::Error> {
+        let endpoint = channel::internal(address)?;
+        let link = Self(Arc::new(Shared {
+            worker: worker.clone(),
+            hidden,
+            next_batch: AtomicU64::new(1),
+            stream: Mutex::default(),
+            counters,
+            stop,
+        }));
+        tokio::spawn(link.clone().keep_connected(endpoint, events));
+        Ok(link)
+    }
+
+    /// Ends it for good.
+    pub(super) fn close(&self) {
+        self.0.stop.cancel();
+    }
+
+    /// Whether it can be used now.
+    pub fn state(&self) -> LinkState {
+        let stream = self.0.stream.lock();
+        match &stream.out {
+            Some(_) => LinkState::Up { epoch: stream.epoch },
+            None => LinkState::Down,
+        }
+    }
+
+    /// Sends one batch and waits for what becomes of it. A worker that has not answered after `patience` is suspect:
+    /// its stream is cut, and it is asked nothing more until a new one opens. `deadline` is when nobody will wait for
+    /// the answer any more, for the worker's information; the caller drops this future then, which blames nobody.
+    pub async fn call(&self, dispatch: &codec::Dispatch, patience: Duration, deadline: Instant) -> codec::Reply {
+        let counters = &self.0.counters;
+        counters.batches.fetch_add(1, Relaxed);
+        counters.rows.fetch_add(dispatch.rows as u64, Relaxed);
+        let batch_id = self.0.next_batch.fetch_add(1, Relaxed);
+        let (answer, answered) = oneshot::channel();
+        let (out, cut) = {
+            let mut stream = self.0.stream.lock();
+            let Some(out) = stream.out.clone() else { return self.lost("there is no connection") };
+            stream.waiting.insert(batch_id, Waiting { rows: dispatch.returned_rows(), answer });
+            (out, stream.cut.clone())
+        };
+        let _forget = Forget { link: self, batch_id };
+        let message = dispatch.to_message(batch_id, deadline.saturating_duration_since(Instant::now()));
+        let exchange = async {
+            if out.send(message).await.is_err() {
+                return self.lost("the connection broke");
+            }
+            answered.await.unwrap_or_else(|_| self.lost("the connection broke"))
+        };
+        match timeout(patience, exchange).await {
+            Ok(reply) => {
+                if matches!(reply, codec::Reply::Refused(_)) {
+                    counters.refused.fetch_add(1, Relaxed);
+                }
+                reply
+            }
+            Err(_) => {
+                cut.cancel();
+                self.lost("it did not answer in time")
+            }
+        }
+    }
+
+    fn lost(&self, why: &str) -> codec::Reply {
+        self.0.counters.lost.fetch_add(1, Relaxed);
+        codec::Reply::Lost(format!("worker {}: {why}", self.0.worker))
+    }
+
+    async fn keep_connected(self, endpoint: Endpoint, events: mpsc::Sender<()>) {
+        let stop = self.0.stop.clone();
+        let mut backoff = BACKOFF.0;
+        while !stop.is_cancelled() {
+            let opened = tokio::select! {
+                opened = Self::connect(&endpoint) => opened,
+                () = stop.cancelled() => break,
+            };
+            match opened {
+                Ok((out, inbound)) => {
+                    backoff = BACKOFF.0;
+                    let cut = self.up(out);
+                    let _ = events.send(()).await;
+                    let why = self.receive(inbound, &cut).await;
+                    let quarantined = self.down();
+                    let _ = events.send(()).await;
+                    if !stop.is_cancelled() {
+                        warn!(worker = %self.0.worker, %why, "stream to expert worker ended");
+                    }
+                    if quarantined {
+                        backoff = QUARANTINE;
+                    }
+                }
+                Err(why) => debug!(worker = %self.0.worker, %why, "expert worker not reached"),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff) => {}
+                () = stop.cancelled() => {}
+            }
+            backoff = (backoff * 2).min(BACKOFF.1);
+        }
+        self.down();
+    }
+
+    async fn connect(
+        endpoint: &Endpoint,
+    ) -> Result<(mpsc::Sender<pb::DispatchBatch>, Streaming<pb::CombineBatch>), String> {
+        let open = async {
+            let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+            let mut client = ExpertWorkerClient::new(channel)
+                .max_decoding_message_size(channel::MAX_INTERNAL_MESSAGE)
+                .max_encoding_message_size(channel::MAX_INTERNAL_MESSAGE);
+            let (out, messages) = mpsc::channel(SEND_QUEUE);
+            let response = client.exchange(ReceiverStream::new(messages)).await;
+            let inbound = response.map_err(|status| status.to_string())?.into_inner();
+            Ok((out, inbound))
+        };
+        timeout(OPEN_TIMEOUT, open).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))
+    }
+
+    fn up(&self, out: mpsc::Sender<pb::DispatchBatch>) -> CancellationToken {
+        let mut stream = self.0.stream.lock();
+        let cut = self.0.stop.child_token();
+        *stream = Stream { epoch: stream.epoch + 1, out: Some(out), cut: cut.clone(), ..Stream::default() };
+        cut
+    }
+
+    /// Everything that waits is lost: dropping its sender tells it so. Says whether the worker is to be left alone.
+    fn down(&self) -> bool {
+        let mut stream = self.0.stream.lock();
+        let quarantined = stream.quarantined;
+        *stream = Stream { epoch: stream.epoch, ..Stream::default() };
+        quarantined
+    }
+
+    /// Gives answers to those who wait, until the stream ends; says why it ended.
+    async fn receive(&self, mut inbound: Streaming<pb::CombineBatch>, cut: &CancellationToken) -> String {
+        loop {
+            let message = tokio::select! {
+                message = inbound.message() => message,
+                () = cut.cancelled() => return "a batch was not answered in time, or the worker left".to_owned(),
+            };
+            match message {
+                Ok(Some(message)) => {
+                    if let Err(why) = self.answer(message) {
+                        self.0.counters.corrupt.fetch_add(1, Relaxed);
+                        self.0.stream.lock().quarantined = true;
+                        return why;
+                    }
+                }
+                Ok(None) => return "the worker closed it".to_owned(),
+                Err(status) => return status.to_string(),
+            }
+        }
+    }
+
+    fn answer(&self, message: pb::CombineBatch) -> Result<(), String> {
+        let Some(waiting) = self.0.stream.lock().waiting.remove(&message.batch_id) else {
+            self.0.counters.late.fetch_add(1, Relaxed);
+            return Ok(());
+        };
+        let outcome = message.outcome.ok_or("an answer without an outcome")?;
+        let reply = codec::from_message(outcome, waiting.rows, self.0.hidden)?;
+        // Whoever asked may have stopped waiting this moment.
+        let _ = waiting.answer.send(reply);
+        Ok(())
+    }
+}

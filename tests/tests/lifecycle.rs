@@ -1,0 +1,215 @@
+//! Coming and going: what leaves, leaves nothing behind; what the store forgets, registers again.
+
+use std::{collections::BTreeSet, path::Path};
+
+use conclave_placement::store::{self, Store};
+use conclave_tests::{
+    client::{Client, greedy},
+    cluster::Cluster,
+    etcd::EtcdProcess,
+    eventually::{PATIENCE, eventually},
+    golden::{Case, Golden},
+    process::{Process, Signal, binary},
+};
+use etcd_client::GetOptions;
+use serde_json::Value;
+use tempfile::TempDir;
+
+const DRAWN: u32 = 300;
+
+#[tokio::test]
+async fn who_is_asked_to_leave_takes_its_keys_along() {
+    let golden = Golden::named("v3_tied");
+    let mut cluster = Cluster::builder(&golden.folder).workers(2).routers(2).start().await;
+    for process in cluster.routers.iter_mut().chain(&mut cluster.workers) {
+        let status = process.terminate().await;
+        assert!(status.success(), "{} ended with {status}", process.name());
+    }
+    let left = cluster.store.list(cluster.keys.prefix()).await.expect("the store answers").entries;
+    let left: BTreeSet<String> = left.into_iter().map(|entry| entry.key).collect();
+    assert_eq!(left, BTreeSet::from([cluster.keys.model(), cluster.keys.plan()]), "what has no owner stays, no more");
+}
+
+#[tokio::test]
+async fn serving_outlives_etcd_and_everybody_registers_again() {
+    let golden = Golden::named("v3");
+    let prompt = &golden.cases[0].prompt;
+    let mut cluster = Cluster::builder(&golden.folder).workers(2).start().await;
+    let client = cluster.client(0).await;
+    let undisturbed = client.generate(prompt, DRAWN).await.ids();
+
+    let mut answer = client.begin(greedy(prompt, DRAWN), PATIENCE).await.expect("a stream begins");
+    answer.tokens(10).await.expect("the first tokens come");
+    cluster.etcd.as_mut().expect("its own").kill().await;
+    assert_eq!(answer.rest().await.expect("the stream finishes").ids(), undisturbed, "the stream in flight");
+    assert_eq!(client.generate(prompt, DRAWN).await.ids(), undisturbed, "a request without etcd");
+
+    cluster.etcd.as_mut().expect("its own").restart().await;
+    // Leases outlive an etcd that restarts soon enough. These did not.
+    let address = cluster.etcd.as_ref().expect("its own").address();
+    let mut etcd = etcd_client::Client::connect([address], None).await.expect("etcd is back");
+    let before = leased_keys(&mut etcd, cluster.keys.prefix()).await;
+    assert_eq!(before.len(), 4, "two workers, a router and a leader: {before:?}");
+    for (_, lease) in &before {
+        // Another key of the same lease may have had it revoked.
+        let _ = etcd.lease_revoke(*lease).await;
+    }
+    eventually("all to register again", async || {
+        let now = leased_keys(&mut etcd, cluster.keys.prefix()).await;
+        let same_keys = now.iter().map(|(key, _)| key).eq(before.iter().map(|(key, _)| key));
+        let same_leases = now.iter().any(|(_, lease)| before.iter().any(|(_, old)| old == lease));
+        (same_keys && !same_leases).then_some(())
+    })
+    .await;
+    assert_eq!(client.generate(prompt, DRAWN).await.ids(), undisturbed, "after all registered again");
+}
+
+async fn leased_keys(etcd: &mut etcd_client::Client, prefix: &str) -> BTreeSet<(String, i64)> {
+    let listing = etcd.get(prefix, Some(GetOptions::new().with_prefix())).await.expect("etcd answers");
+    let leased = listing.kvs().iter().filter(|entry| entry.lease() != 0);
+    leased.map(|entry| (entry.key_str().expect("keys are text").to_owned(), entry.lease())).collect()
+}
+
+/// `conclave up` with two workers on a golden model.
+struct Up {
+    process: Process,
+    folder: TempDir,
+}
+
+impl Up {
+    fn start(golden: &Golden, store: &str) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        let mut arguments = vec!["up".to_owned()];
+        for (flag, value) in [
+            ("model", golden.folder.display().to_string().as_str()),
+            ("workers", "2"),
+            ("listen", "127.0.0.1:0"),
+            ("dtype", "f32"),
+            ("store", store),
+            ("ready-file", &folder.path().join("ready.json").display().to_string()),
+        ] {
+            arguments.push(format!("--{flag}={value}"));
+        }
+        Self { process: Process::spawn("up", &binary("conclave"), &arguments, folder.path()), folder }
+    }
+
+    async fn ready(&mut self) -> Value {
+        let file = self.folder.path().join("ready.json");
+        let process = &mut self.process;
+        eventually("the ready file", async || {
+            assert!(process.is_running(), "`conclave up` ended while starting");
+            let text = std::fs::read(&file).ok()?;
+            Some(serde_json::from_slice(&text).expect("the ready file appears whole"))
+        })
+        .await
+    }
+
+    fn pid(&self) -> u32 {
+        self.process.pid().expect("not awaited yet")
+    }
+
+    /// Ctrl-C, and its end.
+    async fn interrupted(&mut self) {
+        self.process.signal(Signal::INT);
+        let status = self.process.ended().await;
+        assert!(status.success(), "`conclave up` ended with {status}:\n{}", self.process.log());
+    }
+}
+
+#[tokio::test]
+async fn up_says_where_it_serves_and_leaves_nothing_behind() {
+    let golden = Golden::named("v3_tied");
+    let etcd = EtcdProcess::start().await;
+    let store = store::connect(&etcd.spec()).expect("etcd answers");
+    for spec in ["embedded".to_owned(), etcd.spec()] {
+        let mut up = Up::start(&golden, &spec);
+        let ready = up.ready().await;
+        let pids = told(&ready, &up);
+        answers(&golden.cases[0], ready["inference"].as_str().expect("an address")).await;
+        if spec != "embedded" {
+            assert!(!keys(&*store).await.is_empty(), "a cluster on etcd registers there");
+        }
+        up.interrupted().await;
+        assert_eq!(alive(&pids), BTreeSet::new(), "processes left by Ctrl-C, {spec}");
+        assert_eq!(keys(&*store).await, Vec::<String>::new(), "keys left by Ctrl-C, {spec}");
+    }
+}
+
+/// Checks the ready file against what runs; returns every process that it names.
+fn told(ready: &Value, up: &Up) -> BTreeSet<u32> {
+    let (routers, workers) =
+        (ready["routers"].as_array().expect("routers"), ready["workers"].as_array().expect("workers"));
+    assert_eq!((routers.len(), workers.len()), (1, 2), "{ready}");
+    for address in [&ready["inference"], &ready["admin"], &routers[0]["inference"], &workers[1]["address"]] {
+        let address = address.as_str().unwrap_or_else(|| panic!("an address is missing: {ready}"));
+        assert!(address.parse::<std::net::SocketAddr>().is_ok_and(|address| address.port() != 0), "{address}");
+    }
+    assert_eq!(ready["inference"], routers[0]["inference"]);
+    assert_eq!(ready["admin"], routers[0]["admin"]);
+    assert!(ready["store"].is_string() && workers.iter().all(|worker| worker["id"].is_string()), "{ready}");
+    let pid = |process: &Value| u32::try_from(process["pid"].as_u64().expect("a pid")).expect("a pid");
+    let pids: BTreeSet<u32> = routers.iter().chain(workers).map(pid).collect();
+    assert_eq!(pids, children(up.pid()), "the processes that are told are the children");
+    pids
+}
+
+async fn answers(case: &Case, address: &str) {
+    assert_eq!(Client::connect(address).await.generate(&case.prompt, 24).await.ids(), case.greedy);
+}
+
+#[tokio::test]
+async fn ctrl_c_at_any_moment_of_the_start_leaves_nothing_behind() {
+    let golden = Golden::named("v3_tied");
+    let etcd = EtcdProcess::start().await;
+    let store = store::connect(&etcd.spec()).expect("etcd answers");
+    for moment in ["", "/model", "/workers/", "/plan"] {
+        let mut up = Up::start(&golden, &etcd.spec());
+        let pids =
+            eventually("the first child", async || Some(children(up.pid())).filter(|children| !children.is_empty()));
+        let mut pids = pids.await;
+        eventually(&format!("a key {moment:?}"), async || {
+            let there = moment.is_empty() || keys(&*store).await.iter().any(|key| key.contains(moment));
+            there.then_some(())
+        })
+        .await;
+        pids.extend(children(up.pid()));
+        up.interrupted().await;
+        assert_eq!(alive(&pids), BTreeSet::new(), "processes left by Ctrl-C at {moment:?}");
+        assert_eq!(keys(&*store).await, Vec::<String>::new(), "keys left by Ctrl-C at {moment:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_children_of_a_killed_up_end_with_it() {
+    let golden = Golden::named("v3_tied");
+    let mut up = Up::start(&golden, "embedded");
+    let ready = up.ready().await;
+    let pids = told(&ready, &up);
+    up.process.kill().await;
+    eventually("the orphans to end", async || alive(&pids).is_empty().then_some(())).await;
+}
+
+/// Every key of every cluster in `store`.
+async fn keys(store: &dyn Store) -> Vec<String> {
+    let entries = store.list("/conclave/").await.expect("the store answers").entries;
+    entries.into_iter().map(|entry| entry.key).collect()
+}
+
+/// State and parent of process `pid`, as the kernel tells them.
+fn state_and_parent(pid: u32) -> Option<(char, u32)> {
+    let stat = std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).ok()?;
+    // The name in parentheses may hold anything, parentheses too.
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    Some((fields.next()?.chars().next()?, fields.next()?.parse().ok()?))
+}
+
+/// Those of `pids` that still run. A zombie does not.
+fn alive(pids: &BTreeSet<u32>) -> BTreeSet<u32> {
+    pids.iter().copied().filter(|&pid| state_and_parent(pid).is_some_and(|(state, _)| state != 'Z')).collect()
+}
+
+fn children(parent: u32) -> BTreeSet<u32> {
+    let processes = std::fs::read_dir("/proc").expect("these stories are told on Linux");
+    let pids = processes.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter(|&pid| state_and_parent(pid).is_some_and(|(_, its)| its == parent)).collect()
+}

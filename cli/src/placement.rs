@@ -116,6 +116,8 @@ async fn find(
 }
 
 async fn look(store: &Arc<dyn Store>, cluster: &Cluster) -> anyhow::Result<ClusterState> {
+    // A view would wait for a store that is away; a person wants to hear why.
+    store.get(&Keys::new(cluster).model()).await?;
     let token = CancellationToken::new();
     let _ended = token.clone().drop_guard();
     let view = View::start(Arc::clone(store), Keys::new(cluster), token).await?;

@@ -35,8 +35,6 @@ use crate::registration::Registration;
 use crate::residency::Resident;
 use crate::service::{self, Parts, Service, Shape};
 
-/// How long a registration that is under way may hold up a process that was told to end.
-const JOIN_GRACE: Duration = Duration::from_secs(2);
 /// How long streams whose batches are all answered may hold up the end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 /// Between attempts to reach a store that is away while this worker starts.
@@ -93,7 +91,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     let probes = Probes::serve(listen::bind(&config.admin_listen)?).await;
     let id = match &config.id {
         Some(id) => id.clone(),
-        None => WorkerId::parse(&default_id(&host(), listener.local_addr.port()))?,
+        None => WorkerId::parse(&default_id(&listen::host(), listener.local_addr.port()))?,
     };
     let prepared = tokio::select! {
         prepared = prepare(config, &probes) => prepared?,
@@ -102,7 +100,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     let record = WorkerRecord {
         id,
         incarnation: Incarnation::fresh(),
-        address: config.advertise.clone().unwrap_or_else(|| reachable(listener.local_addr)),
+        address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listener.local_addr)),
         device: config.device.to_string(),
         memory_budget: prepared.model.published_budget(config.memory.0)?,
         speed: 0.0,
@@ -110,14 +108,30 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
         resident: Residency::new(),
         plan_version: PlanVersion::NONE,
     };
-    let (store, lease_end) = (Arc::clone(&prepared.store), prepared.end.clone());
-    let join = Registration::join(store, &prepared.keys, config.lease_ttl(), record, lease_end);
-    // Not dropped half-way: a record that is already written would outlive the process by its lease.
-    let registration = tokio::select! {
-        joined = join => Arc::new(joined?),
-        () = shutdown.grace(JOIN_GRACE) => return Ok(None),
-    };
+    let Some(registration) = join(config, shutdown, &prepared, record).await? else { return Ok(None) };
     Ok(Some(serve(config, shutdown, listener, probes, prepared, registration)))
+}
+
+/// Registers. Not dropped half-way: told to end meanwhile, it waits until what was written is taken back.
+async fn join(
+    config: &Config,
+    shutdown: &Shutdown,
+    prepared: &Prepared,
+    record: WorkerRecord,
+) -> Result<Option<Arc<Registration>>, Error> {
+    let Prepared { store, keys, end, .. } = prepared;
+    let joining = Registration::join(Arc::clone(store), keys, config.lease_ttl(), record, end.clone());
+    let mut joining = std::pin::pin!(joining);
+    tokio::select! {
+        joined = &mut joining => Ok(Some(Arc::new(joined?))),
+        () = shutdown.draining().cancelled_owned() => {
+            end.cancel();
+            if let Ok(registration) = joining.await {
+                registration.leave().await;
+            }
+            Ok(None)
+        }
+    }
 }
 
 /// What stands before the cluster hears of this worker.
@@ -345,13 +359,4 @@ impl Worker {
         }
         tracing::info!(id = %self.id, "left the cluster");
     }
-}
-
-fn host() -> String {
-    hostname::get().map_or_else(|_| "localhost".to_owned(), |name| name.to_string_lossy().into_owned())
-}
-
-/// An address that others can use: this host's name where the socket listens on all interfaces.
-fn reachable(bound: SocketAddr) -> String {
-    if bound.ip().is_unspecified() { format!("{}:{}", host(), bound.port()) } else { bound.to_string() }
 }

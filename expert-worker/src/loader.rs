@@ -103,11 +103,9 @@ impl Reconciler {
             let pause = match pass {
                 Pass::Done => None,
                 Pass::Interrupted => continue,
-                Pass::Failed => Some(std::mem::replace(&mut retry, (retry * 2).min(RETRY.1))),
+                Pass::Failed => Some(retry),
             };
-            if pause.is_none() {
-                retry = RETRY.0;
-            }
+            retry = pause.map_or(RETRY.0, |pause| (pause * 2).min(RETRY.1));
             if !self.wait(&mut view, plan.map(|plan| plan.version), pause, &stop).await {
                 break;
             }

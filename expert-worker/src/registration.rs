@@ -5,17 +5,23 @@ use std::time::Duration;
 
 use conclave_placement::ids::PlanVersion;
 use conclave_placement::keys::Keys;
-use conclave_placement::membership::{self, Membership};
+use conclave_placement::membership::Membership;
 use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
-use conclave_placement::store::Store;
+use conclave_placement::store::{self, Store};
 use parking_lot::Mutex;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Debug)]
 pub struct Registration {
-    record: Mutex<WorkerRecord>,
-    membership: Membership,
+    current: Mutex<Current>,
+}
+
+#[derive(Debug)]
+struct Current {
+    record: WorkerRecord,
+    /// None once this worker has left.
+    membership: Option<Membership>,
 }
 
 impl Registration {
@@ -26,13 +32,13 @@ impl Registration {
         ttl: Duration,
         record: WorkerRecord,
         stop: CancellationToken,
-    ) -> Result<Self, membership::Error> {
+    ) -> store::Result<Self> {
         let membership = Membership::join(store, keys.worker(&record.id), ttl, record.encode(), stop).await?;
-        Ok(Self { record: Mutex::new(record), membership })
+        Ok(Self { current: Mutex::new(Current { record, membership: Some(membership) }) })
     }
 
     pub fn record(&self) -> WorkerRecord {
-        self.record.lock().clone()
+        self.current.lock().record.clone()
     }
 
     /// Says what is resident. The first expert makes a starting worker a serving one.
@@ -55,18 +61,21 @@ impl Registration {
         self.update(|record| record.state = WorkerState::Draining);
     }
 
-    /// Takes the record out of the store; bounded by the membership's own limit.
+    /// Takes the record out of the store; bounded by the membership's own limit. Nothing is published after it.
     pub async fn leave(&self) {
-        self.membership.leave().await;
+        let membership = self.current.lock().membership.take();
+        if let Some(membership) = membership {
+            membership.leave().await;
+        }
     }
 
-    /// Publishes where the record really changed. Held over both so that two updates are published in their order.
+    /// Publishes where the record really changed, under the lock so that two changes are published in their order.
     fn update(&self, change: impl FnOnce(&mut WorkerRecord)) {
-        let mut record = self.record.lock();
-        let before = record.clone();
-        change(&mut record);
-        if *record != before {
-            self.membership.publish(record.encode());
+        let mut current = self.current.lock();
+        let before = current.record.clone();
+        change(&mut current.record);
+        if let (Some(membership), true) = (&current.membership, current.record != before) {
+            membership.publish(current.record.encode());
         }
     }
 }

@@ -14,18 +14,16 @@ use crate::{
 pub(crate) struct Linear {
     weight: Weight,
     bias: Option<Weight>,
-    tile: Option<Tile>,
+    /// Rows of every product, where that is fixed.
+    tile: Option<i64>,
 }
 
 /// The fixed shape that reproducible products run in.
 ///
-/// libtorch picks another summation order for other row counts. Measured with 2.11 on AVX-512: bf16 rows keep their bits
-/// for every count up to 32; f32 rows change at 1, 16 and 512, so f32 tiles are padded to one size.
-#[derive(Clone, Copy, Debug)]
-struct Tile {
-    rows: i64,
-    pad: bool,
-}
+/// libtorch picks another summation order for other row counts: f32 rows change their bits at 1, 16 and 512 rows, bf16
+/// rows at more than 32 and, in some shapes, at 1. So every product has the same number of rows, padded with zeros.
+/// In bf16 sixteen rows cost as one, since reading the weight is the cost; in f32 they do not, so tiles are smaller.
+const TILE_ROWS: (i64, i64) = (8, 16);
 
 impl Linear {
     /// Reads `<name>.weight` `[out, in]`, and `<name>.bias` `[out]` where `bias` says there is one.
@@ -45,8 +43,8 @@ impl Linear {
     pub(crate) fn new(weight: Weight, bias: Option<Weight>, compute: Compute) -> Self {
         let tile = match (compute.numerics, compute.dtype) {
             (Numerics::Fast, _) => None,
-            (Numerics::Reproducible, Dtype::F32) => Some(Tile { rows: 8, pad: true }),
-            (Numerics::Reproducible, Dtype::Bf16) => Some(Tile { rows: 32, pad: false }),
+            (Numerics::Reproducible, Dtype::F32) => Some(TILE_ROWS.0),
+            (Numerics::Reproducible, Dtype::Bf16) => Some(TILE_ROWS.1),
         };
         Self { weight, bias, tile }
     }
@@ -63,19 +61,14 @@ impl Linear {
         x.linear(&*self.weight, self.bias.as_deref())
     }
 
-    fn tiled(&self, x: &Tensor, tile: Tile) -> Tensor {
+    fn tiled(&self, x: &Tensor, tile: i64) -> Tensor {
         let rows = x.size()[0];
-        let mut out = Vec::with_capacity((rows / tile.rows + 1) as usize);
-        for start in (0..rows).step_by(tile.rows as usize) {
-            let here = tile.rows.min(rows - start);
-            let part = x.narrow(0, start, here);
-            if tile.pad && here < tile.rows {
-                let padded = part.constant_pad_nd([0, 0, 0, tile.rows - here]);
-                out.push(self.product(&padded).narrow(0, 0, here));
-            } else {
-                out.push(self.product(&part));
-            }
-        }
-        Tensor::cat(&out, 0)
+        let part = |start| {
+            let here = tile.min(rows - start);
+            let padded = x.narrow(0, start, here).constant_pad_nd([0, 0, 0, tile - here]);
+            self.product(&padded).narrow(0, 0, here)
+        };
+        let parts: Vec<Tensor> = (0..rows).step_by(tile as usize).map(part).collect();
+        Tensor::cat(&parts, 0)
     }
 }

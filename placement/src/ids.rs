@@ -145,6 +145,15 @@ impl fmt::Display for Incarnation {
     }
 }
 
+/// A name for a process that was given none: `<role>-<host>-<port>`, in the characters that names may have.
+pub fn default_name(role: &str, host: &str, port: u16) -> String {
+    let port = port.to_string();
+    let room = MAX_NAME.saturating_sub(role.len() + port.len() + 2);
+    let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '.' { c } else { '-' };
+    let host: String = host.chars().map(|c| allowed(c.to_ascii_lowercase())).take(room).collect();
+    format!("{role}-{host}-{port}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

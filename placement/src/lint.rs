@@ -33,6 +33,12 @@ pub struct Note {
     pub rule: Rule,
 }
 
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.rule.fmt(f)
+    }
+}
+
 /// Everything that can be found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rule {

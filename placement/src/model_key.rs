@@ -10,6 +10,9 @@ use crate::keys::Keys;
 use crate::state::ModelIdentity;
 use crate::store::{self, CasOutcome, Expected, Store};
 
+/// Between two attempts to reach a store that is away.
+const AGREE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// Why a process must not join.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityError {
@@ -40,6 +43,19 @@ pub async fn ensure_model(store: &dyn Store, keys: &Keys, model: &ModelIdentity)
         CasOutcome::Conflict { current: Some(entry) } => compare(model, &ModelIdentity::decode(&entry.value)?),
         // Deleted between the comparison and the read of it. Whoever deletes the model of a running cluster tries again.
         CasOutcome::Conflict { current: None } => Err(IdentityError::Store(store::Error::Closed)),
+    }
+}
+
+/// [`ensure_model`], waiting for a store that is away for as long as it is.
+pub async fn agree(store: &dyn Store, keys: &Keys, model: &ModelIdentity) -> Result<(), IdentityError> {
+    loop {
+        match ensure_model(store, keys, model).await {
+            Err(IdentityError::Store(error)) if error.retryable() => {
+                tracing::warn!(%error, "waiting for the store");
+                tokio::time::sleep(AGREE_AGAIN).await;
+            }
+            agreed => return agreed,
+        }
     }
 }
 

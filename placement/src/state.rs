@@ -174,6 +174,16 @@ impl Residency {
     }
 }
 
+impl FromIterator<(LayerIdx, ExpertId)> for Residency {
+    fn from_iter<I: IntoIterator<Item = (LayerIdx, ExpertId)>>(experts: I) -> Self {
+        let mut residency = Self::new();
+        for (layer, expert) in experts {
+            residency.insert(layer, expert);
+        }
+        residency
+    }
+}
+
 /// What a worker says about itself, under its lease.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerRecord {
@@ -266,7 +276,7 @@ mod tests {
             let left: Vec<u16> = inserted.difference(&removed).copied().collect();
             prop_assert_eq!(set.len(), left.len());
             prop_assert_eq!(set.is_empty(), left.is_empty());
-            prop_assert_eq!(set.iter().map(|expert| expert.0).collect::<Vec<_>>(), left.clone());
+            prop_assert_eq!(set.iter().map(|expert| expert.0).collect::<Vec<_>>(), &left[..]);
             prop_assert_eq!(set, left.into_iter().map(ExpertId).collect::<ExpertSet>());
         }
     }

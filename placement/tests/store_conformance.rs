@@ -16,10 +16,12 @@ use futures::future::BoxFuture;
 use support::etcd_process::EtcdProcess;
 use support::{PATIENCE, served, soon};
 
+type Compact = Box<dyn Fn(i64) -> BoxFuture<'static, ()> + Send + Sync>;
+
 /// A store, and how to compact it, which the trait leaves out because nobody in a cluster needs it.
 struct Ground {
     store: Arc<dyn Store>,
-    compact: Box<dyn Fn(i64) -> BoxFuture<'static, ()>>,
+    compact: Compact,
 }
 
 /// A story plays under its own prefix.
@@ -74,7 +76,7 @@ async fn etcd_conforms() -> anyhow::Result<()> {
     Ok(())
 }
 
-fn compact_at(endpoint: String) -> Box<dyn Fn(i64) -> BoxFuture<'static, ()>> {
+fn compact_at(endpoint: String) -> Compact {
     Box::new(move |revision| {
         let endpoint = endpoint.clone();
         let compact = async move {

@@ -8,17 +8,16 @@ use std::{net::SocketAddr, sync::Arc};
 
 use conclave_model::{
     checkpoint::{self, Checkpoint},
-    config::ModelConfig,
+    config::{self as model_config, ModelConfig},
     device::{self, init_thread},
-    generation::{self, GenerationConfig},
-    tokenizer::{self, ChatTemplate, Tokenizer},
+    generation::GenerationConfig,
+    tokenizer::{self, ChatTemplate, TemplateError, Tokenizer},
     transformer::Transformer,
 };
 use conclave_placement::{
     election::Election,
-    ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId},
+    ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, default_name},
     keys::Keys,
-    membership,
     model_key::{self, IdentityError},
     state::{ModelIdentity, RouterRecord},
     store::{self, Store},
@@ -66,21 +65,21 @@ pub enum Error {
     /// The checkpoint is not whole.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
-    /// tokenizer.json or the chat template cannot be used.
+    /// tokenizer.json cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] tokenizer::Error),
+    /// The chat template cannot be used.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
     /// generation_config.json cannot be used.
     #[error(transparent)]
-    Generation(#[from] generation::Error),
+    Generation(#[from] model_config::Error),
     /// The store cannot be spoken to.
     #[error(transparent)]
     Store(#[from] store::Error),
     /// The cluster serves another model.
     #[error("this router may not join the cluster: {0}")]
     Model(#[from] IdentityError),
-    /// The record could not be written.
-    #[error(transparent)]
-    Membership(#[from] membership::Error),
     /// A thread could not be started.
     #[error("the engine's thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
@@ -166,21 +165,25 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
 fn open(dir: &std::path::Path) -> Result<(Checkpoint, ServedModel), Error> {
     let checkpoint = Checkpoint::open(dir)?;
     let model = ServedModel {
-        name: checkpoint.name(),
+        name: folder_name(&checkpoint),
         config: checkpoint.config().clone(),
         identity: checkpoint.identity()?,
         tokenizer: Tokenizer::load(dir)?,
         chat_template: ChatTemplate::load(dir)?,
-        generation: GenerationConfig::load(dir)?,
+        generation: GenerationConfig::load(dir, checkpoint.config().vocab_size)?,
     };
     Ok((checkpoint, model))
+}
+
+fn folder_name(checkpoint: &Checkpoint) -> String {
+    checkpoint.dir().file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 /// What every member of a cluster must agree on.
 fn identity(checkpoint: &Checkpoint, model: &ServedModel) -> ModelIdentity {
     let config: &ModelConfig = &model.config;
     ModelIdentity {
-        name: checkpoint.name(),
+        name: folder_name(&checkpoint),
         config_digest: model.identity.config_digest.clone(),
         checkpoint_digest: model.identity.checkpoint_digest.clone(),
         layers: config.num_hidden_layers as u32,
@@ -231,7 +234,7 @@ async fn serve(
     let listen = listener.local_addr;
     let id = match &config.id {
         Some(id) => id.clone(),
-        None => RouterId::default_for("router", &listen::host(), listen.port())?,
+        None => RouterId::parse(&default_name("router", &listen::host(), listen.port()))?,
     };
     let incarnation = Incarnation::fresh();
     let closing = CancellationToken::new();
@@ -253,8 +256,7 @@ async fn serve(
         plan_version: PlanVersion::NONE,
     };
     let registration =
-        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch(), end.clone())
-            .await?;
+        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch()).await?;
     let election =
         Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
     let controller =

@@ -8,11 +8,11 @@ use std::{sync::Arc, time::Duration};
 
 use conclave_placement::{
     keys::Keys,
-    membership::{self, Membership},
+    membership::Membership,
     state::RouterRecord,
-    store::Store,
+    store::{self, Store},
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::workers::Snapshot;
@@ -20,40 +20,45 @@ use crate::workers::Snapshot;
 /// This router's place in the cluster.
 #[derive(Debug)]
 pub(crate) struct Registration {
-    membership: Arc<Membership>,
+    leave: CancellationToken,
+    task: JoinHandle<()>,
 }
 
 impl Registration {
-    /// Joins with `record` under a lease of `ttl`, and follows `snapshots` until `stop`.
+    /// Joins with `record` under a lease of `ttl`, and follows `snapshots` from there.
     pub(crate) async fn join(
         store: Arc<dyn Store>,
         keys: &Keys,
         ttl: Duration,
         mut record: RouterRecord,
         mut snapshots: watch::Receiver<Arc<Snapshot>>,
-        stop: CancellationToken,
-    ) -> Result<Self, membership::Error> {
-        let key = keys.router(&record.id);
-        let membership = Arc::new(Membership::join(store, key, ttl, record.encode(), stop.clone()).await?);
-        let publisher = membership.clone();
-        tokio::spawn(async move {
+    ) -> Result<Self, store::Error> {
+        let leave = CancellationToken::new();
+        let membership =
+            Membership::join(store, keys.router(&record.id), ttl, record.encode(), CancellationToken::new()).await?;
+        let left = leave.clone();
+        let task = tokio::spawn(async move {
             loop {
                 let plan_version = snapshots.borrow_and_update().plan_version;
                 if record.plan_version != plan_version {
                     record.plan_version = plan_version;
-                    publisher.publish(record.encode());
+                    membership.publish(record.encode());
                 }
                 tokio::select! {
-                    changed = snapshots.changed() => if changed.is_err() { return },
-                    () = stop.cancelled() => return,
+                    Ok(()) = snapshots.changed() => {}
+                    () = left.cancelled() => break,
                 }
             }
+            membership.leave().await;
         });
-        Ok(Self { membership })
+        Ok(Self { leave, task })
     }
 
     /// Takes the record out of the store; bounded by the membership's own limit.
-    pub(crate) async fn leave(&self) {
-        self.membership.leave().await;
+    pub(crate) async fn leave(self) {
+        self.leave.cancel();
+        if let Err(error) = self.task.await {
+            tracing::error!(%error, "the registration panicked");
+        }
     }
 }

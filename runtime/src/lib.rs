@@ -8,6 +8,7 @@ pub mod config;
 pub mod health;
 pub mod listen;
 pub mod parent;
+pub mod probes;
 pub mod server;
 pub mod shutdown;
 pub mod telemetry;

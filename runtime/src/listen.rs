@@ -35,6 +35,16 @@ pub fn bind(addr: &str) -> Result<Listener, Error> {
     open().map_err(|source| Error { address: addr.to_owned(), source })
 }
 
+/// This host's name, as others on its network may know it.
+pub fn host() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
+}
+
+/// An address that others can use: this host's name where the socket listens on all interfaces.
+pub fn reachable(bound: SocketAddr) -> String {
+    if bound.ip().is_unspecified() { format!("{}:{}", host(), bound.port()) } else { bound.to_string() }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

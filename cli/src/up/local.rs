@@ -87,9 +87,13 @@ impl Local {
             None => Cluster::parse(&format!("up-{}-{:08x}", std::process::id(), rand::random::<u32>()))?,
         };
         let watching = CancellationToken::new();
-        let viewing = View::start(Arc::clone(&store), Keys::new(&cluster), watching.clone());
+        let viewing = async {
+            // The view waits for a store that is away; a person wants to hear why.
+            store.get(&Keys::new(&cluster).model()).await?;
+            View::start(Arc::clone(&store), Keys::new(&cluster), watching.clone()).await
+        };
         let view = match tokio::time::timeout(STORE_TIMEOUT, viewing).await {
-            Ok(view) => view.with_context(|| format!("cannot read the store {store_spec}"))?,
+            Ok(view) => view.with_context(|| format!("cannot use the store {store_spec}"))?,
             Err(_) => bail!("the store {store_spec} does not answer"),
         };
         let expected = Expected {

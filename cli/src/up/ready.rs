@@ -204,7 +204,7 @@ impl Ready {
 }
 
 /// An address that a process of this machine can connect to: a listener on all interfaces is reached over loopback.
-pub(super) fn reachable(address: &str) -> String {
+pub(crate) fn reachable(address: &str) -> String {
     let Ok(mut socket) = address.parse::<SocketAddr>() else { return address.to_owned() };
     match socket {
         SocketAddr::V4(v4) if v4.ip().is_unspecified() => socket.set_ip(std::net::Ipv4Addr::LOCALHOST.into()),

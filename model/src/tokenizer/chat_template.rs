@@ -16,7 +16,10 @@ use crate::config::{Fields, read_object, read_text};
 const MAX_TEMPLATE_BYTES: u64 = 1 << 20;
 const MAX_RENDERED_BYTES: usize = 4 << 20;
 /// Steps of the template engine: DeepSeek-V3's template takes about 60 for one message.
-const MAX_STEPS: u64 = 1_000_000;
+const MAX_STEPS: u64 = 250_000;
+/// A template can nest a value one deeper with each step, and the engine walks and frees values recursively: this is
+/// 1 kB for each step, of which only what is used is ever memory.
+const STACK_BYTES: usize = MAX_STEPS as usize * 1024;
 const MAX_DEPTH: usize = 64;
 const NAME: &str = "chat_template";
 
@@ -97,6 +100,16 @@ impl ChatTemplate {
     /// # Errors
     /// The template refuses the conversation, fails, or goes beyond its bounds.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
+        let failed = |reason: &str| TemplateError::Failed(reason.to_owned());
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("chat-template".to_owned()).stack_size(STACK_BYTES);
+            let rendering = thread.spawn_scoped(scope, || self.render_here(messages, add_generation_prompt));
+            let rendering = rendering.map_err(|error| failed(&error.to_string()))?;
+            rendering.join().unwrap_or_else(|_| Err(failed("the template engine panicked")))
+        })
+    }
+
+    fn render_here(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, TemplateError> {
         let messages = messages.iter().map(|message| {
             minijinja::context! { role => message.role.as_str(), content => message.content.as_str() }
         });

@@ -27,8 +27,7 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// Waits until a watched value is as wanted, and returns it.
-pub async fn until<T: Clone>(what: &str, receiver: &watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> T {
-    let mut receiver = receiver.clone();
+pub async fn until<T: Clone>(what: &str, mut receiver: watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> T {
     soon(what, async { receiver.wait_for(wanted).await.expect("its sender lives").clone() }).await
 }
 

@@ -6,8 +6,9 @@
 use std::{sync::Arc, time::Duration};
 
 use conclave_placement::{
+    election::Term,
     keys::Keys,
-    lint::{self, lint},
+    lint::{Rule, Severity, lint},
     plan::Plan,
     planner::{self, Problem, balanced},
     state::ClusterState,
@@ -35,12 +36,12 @@ pub async fn run(
     keys: Keys,
     policy: Policy,
     mut cluster: watch::Receiver<Arc<ClusterState>>,
-    mut leads: watch::Receiver<bool>,
+    mut leads: watch::Receiver<Option<Term>>,
     stop: CancellationToken,
 ) {
     loop {
         let state = cluster.borrow_and_update().clone();
-        let settled = !*leads.borrow_and_update() || reconcile(&*store, &keys, policy, &state).await;
+        let settled = leads.borrow_and_update().is_none() || reconcile(&*store, &keys, policy, &state).await;
         tokio::select! {
             changed = cluster.changed() => if changed.is_err() { return },
             changed = leads.changed() => if changed.is_err() { return },
@@ -85,12 +86,14 @@ fn due(policy: Policy, state: &ClusterState) -> Result<Option<Plan>, planner::Er
     }
     let problem = Problem { model, workers: &workers, replicas: policy.replicas };
     let Some(plan) = balanced::plan(&problem, state.plan.as_deref())? else { return Ok(None) };
-    // A plan with a mistake in it is worse than none; one that cannot place everything is still the best there is.
     let notes = lint(&plan, &problem);
-    for note in &notes {
+    for note in notes.iter().filter(|note| note.severity >= Severity::Warning) {
         warn!(version = plan.version.0, %note, "plan");
     }
-    Ok(notes.iter().all(|note| note.severity != lint::Severity::Fatal).then_some(plan))
+    // A plan with a mistake in it is worse than none; one that cannot place everything is still the best there is.
+    let mistaken = |rule: &Rule| !matches!(rule, Rule::Unplaced { .. });
+    let mistake = notes.iter().any(|note| note.severity == Severity::Error && mistaken(&note.rule));
+    Ok((!mistake).then_some(plan))
 }
 
 /// Writes `plan` if its parent is what is there now. False where it is not.

@@ -16,10 +16,6 @@ impl Output {
         Self { terminal: out.is_terminal(), out }
     }
 
-    pub(crate) fn is_terminal(&self) -> bool {
-        self.terminal
-    }
-
     /// Writes `text` as it is to a pipe, and without control characters to a terminal.
     pub(crate) fn text(&mut self, text: &str) -> io::Result<()> {
         let mut out = self.out.lock();

@@ -197,6 +197,9 @@ fn a_template_without_end_is_stopped() {
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x | tojson }}",
         "{% for i in range(9999) %}{{ messages[0].content }}{% endfor %}",
+        "{% set ns = namespace(x=[]) %}{% for i in range(9999) %}{% set ns.x = [[[[[[[[ns.x]]]]]]]] %}{% endfor %}{{ 1 / 0 }}",
+        "{{ debug() }}",
+        "{{ messages | pprint }}",
     ] {
         let error = template(source).unwrap().render(&[user(&"long ".repeat(1000))], false).unwrap_err();
         assert!(!error.to_string().is_empty(), "{source}");

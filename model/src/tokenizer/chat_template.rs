@@ -87,6 +87,9 @@ impl ChatTemplate {
         environment.set_recursion_limit(MAX_DEPTH);
         environment.set_fuel(Some(MAX_STEPS));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        // Both write a nested value with indentation, which is quadratic and costs no fuel.
+        environment.remove_filter("pprint");
+        environment.remove_global("debug");
         environment.add_filter("tojson", template_functions::tojson);
         environment.add_function("raise_exception", template_functions::raise_exception);
         environment.add_function("strftime_now", template_functions::strftime_now);

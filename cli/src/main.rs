@@ -1,13 +1,13 @@
 //! The `conclave` command: a command line comes in, one of the modules below does it, an exit status goes out. Errors
 //! are one line on stderr. Nothing is computed and no request is served in this process.
 
-mod up;
-mod generate;
 mod chat;
-mod placement;
-mod inspect;
 mod client;
+mod generate;
+mod inspect;
+mod placement;
 mod terminal;
+mod up;
 
 use std::io;
 use std::process::ExitCode;
@@ -82,8 +82,22 @@ fn report(error: &anyhow::Error) -> ExitCode {
     if error.chain().any(broken_pipe) {
         return ExitCode::SUCCESS;
     }
-    terminal::warn(&format!("error: {error:#}"));
+    let causes: Vec<String> = error.chain().map(ToString::to_string).collect();
+    terminal::warn(&format!("error: {}", chained(&causes)));
     ExitCode::FAILURE
+}
+
+/// All causes, outermost first, less those that an outer one already quotes.
+fn chained(causes: &[String]) -> String {
+    let mut line = String::new();
+    for cause in causes {
+        if line.is_empty() {
+            line.push_str(cause);
+        } else if !line.contains(cause.as_str()) {
+            line.push_str(&format!(": {cause}"));
+        }
+    }
+    line
 }
 
 fn is_broken_pipe(error: &io::Error) -> bool {
@@ -95,6 +109,12 @@ mod tests {
     use clap::CommandFactory;
 
     use super::*;
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let causes = ["cannot start", "config.json: no such file", "no such file"].map(str::to_owned);
+        assert_eq!(chained(&causes), "cannot start: config.json: no such file");
+    }
 
     #[test]
     fn the_command_line_is_sound() {

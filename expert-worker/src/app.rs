@@ -15,13 +15,11 @@ use conclave_placement::model_key::{self, IdentityError};
 use conclave_placement::state::{ModelIdentity, Residency, WorkerRecord, WorkerState};
 use conclave_placement::store::{self, Store};
 use conclave_placement::view::View;
-use conclave_runtime::admin::{self, AdminState, Registry};
-use conclave_runtime::health::Health;
 use conclave_runtime::listen::{self, Listener};
+use conclave_runtime::probes::Probes;
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
 use conclave_runtime::tensor_thread::SpawnError;
-use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -88,7 +86,7 @@ pub struct Worker {
 /// Starts a worker; `None` when it was told to end before it had joined the cluster.
 pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker>, Error> {
     let listener = listen::bind(&config.listen)?;
-    let probes = Probes::serve(listen::bind(&config.admin_listen)?).await;
+    let probes = Probes::serve(listen::bind(&config.admin_listen)?, service::NAME).await;
     let id = match &config.id {
         Some(id) => id.clone(),
         None => WorkerId::parse(&default_id(&listen::host(), listener.local_addr.port()))?,
@@ -224,38 +222,6 @@ impl Model {
     }
 }
 
-/// The admin port and what it shows. It stays up until the process ends, so a probe can see it start and drain.
-#[derive(Debug)]
-struct Probes {
-    address: SocketAddr,
-    health: Health,
-    ready: watch::Sender<bool>,
-    registry: Registry,
-}
-
-impl Probes {
-    async fn serve(listener: Listener) -> Self {
-        let (ready, is_ready) = watch::channel(false);
-        let (health, registry) = (Health::new().await, admin::registry());
-        health.set(service::NAME, false).await;
-        let state = AdminState { ready: is_ready, registry: Arc::clone(&registry), health: health.clone() };
-        let address = listener.local_addr;
-        tokio::spawn(async move {
-            if let Err(error) = admin::serve(listener, state, CancellationToken::new()).await {
-                tracing::error!(%error, "the admin port is gone");
-            }
-        });
-        Self { address, health, ready, registry }
-    }
-
-    /// A registered worker is ready, with or without experts: the first plan waits for workers, not the other way.
-    async fn set(&self, serving: bool) {
-        self.ready.send_replace(serving);
-        self.health.set(service::NAME, serving).await;
-        self.health.set("", serving).await;
-    }
-}
-
 /// Opens the service and starts following the plan.
 fn serve(
     config: &Config,
@@ -316,6 +282,7 @@ fn serve(
 impl Worker {
     /// Serves until told to drain, then leaves in order. Fails when the service ends by itself.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
+        // With or without experts: the first plan waits for workers, so workers must not wait for a plan.
         self.probes.set(true).await;
         tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "ready");
         tokio::select! {

@@ -62,7 +62,12 @@ impl Executor {
 
     /// Hands an expert to the tensor thread. It can be computed with once this returns.
     pub async fn install(&self, layer: LayerIdx, id: ExpertId, expert: Expert) -> Result<(), tensor_thread::Error> {
-        self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), Arc::new(expert)))).await
+        let install = move |experts: &mut Experts| {
+            // An expert may not be shared between threads, and this one never leaves its own.
+            #[allow(clippy::arc_with_non_send_sync)]
+            experts.insert((layer.0, id.0), Arc::new(expert));
+        };
+        self.thread.run(install).await
     }
 
     /// Lets the thread finish what waits and drop the experts.
@@ -137,5 +142,26 @@ fn compute_batches(experts: &Experts, batches: &[&ExpertBatch]) -> Result<Vec<Ve
     match outputs.len() == batches.len() {
         true => Ok(outputs),
         false => Err(format!("{} outputs for {} batches", outputs.len(), batches.len())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One row for these experts.
+    fn pending(expert_ids: Vec<u16>) -> Pending {
+        let now = Instant::now();
+        let row_ids = vec![0; expert_ids.len()];
+        let batch = ExpertBatch { layer: 1, rows: 1, hidden: vec![0.5; 4], expert_ids, row_ids, weights: None };
+        Pending { batch, arrived: now, deadline: now + Duration::from_secs(60), answer: oneshot::channel().0 }
+    }
+
+    #[test]
+    fn a_batch_that_cannot_be_computed_takes_no_other_with_it() {
+        let nothing_to_do = pending(vec![]);
+        let outcomes = compute_group(&Experts::new(), &[pending(vec![3]), nothing_to_do]);
+        assert!(matches!(&outcomes[0], Err(Refusal::Internal(reason)) if reason.contains('3')), "{outcomes:?}");
+        assert_eq!(outcomes[1], Ok(vec![]));
     }
 }

@@ -2,12 +2,19 @@
 //! what the plan gives it, says honestly what it lacks, and computes on one thread. It never gates, never combines
 //! across workers, never guesses at an expert it does not hold, and never speaks to another worker.
 
+// The process.
 pub mod app;
-pub mod batcher;
 pub mod config;
-pub mod executor;
-pub mod loader;
-pub mod metrics;
 pub mod registration;
-pub mod residency;
+
+// The way of a batch.
 pub mod service;
+
+pub mod batcher;
+pub mod executor;
+
+// The way of an expert.
+pub mod loader;
+pub mod residency;
+
+pub mod metrics;

@@ -149,7 +149,8 @@ impl Reconciler {
             tracing::error!(%plan, experts = too_many, budget = self.budget, "the plan gives more experts than memory allows");
         }
         let (started, total) = (Instant::now(), lacking.len());
-        let mut published = started;
+        // The first expert is published at once: it makes this worker a serving one.
+        let mut publish_at = if here.count == 0 { started } else { started + PUBLISH_EVERY };
         let mut failed = 0;
         for (layer, expert) in lacking {
             let newer = view.borrow().plan.as_ref().is_some_and(|newest| newest.version != plan);
@@ -161,9 +162,9 @@ impl Reconciler {
                 failed += 1;
                 self.metrics.load_failures.inc();
                 tracing::error!(%layer, %expert, %error, "an expert could not be loaded");
-            } else if published.elapsed() >= PUBLISH_EVERY || self.registration.record().resident.is_empty() {
+            } else if Instant::now() >= publish_at {
                 self.publish();
-                published = Instant::now();
+                publish_at = Instant::now() + PUBLISH_EVERY;
             }
         }
         self.publish();

@@ -1,6 +1,8 @@
 //! Stories of one worker in one process: a tiny checkpoint, the embedded store behind a socket, a plan written by the
 //! test, and a router's stream spoken by hand.
 
+#![allow(clippy::unwrap_used)]
+
 mod checkpoint;
 
 use std::collections::BTreeMap;
@@ -239,6 +241,41 @@ async fn what_is_elsewhere_late_or_wrong_is_refused_and_the_stream_goes_on() {
     assert_eq!(leaving.reason(), pb::RefusedReason::Draining);
     let inventory = stream.client.get_inventory(pb::GetInventoryRequest {}).await.unwrap().into_inner();
     assert_eq!((inventory.batches_total, inventory.refused_total, inventory.draining), (2, 4, true));
+    worker.run(&shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn of_many_batches_in_flight_each_is_answered_once() {
+    let cluster = Setting::start().await;
+    cluster.plan(1, &[0, 1, 2]).await;
+    let shutdown = Shutdown::manual();
+    let worker = try_start(&cluster, SEED, &shutdown).await.unwrap();
+    cluster.until_acted_on(1).await;
+    let Stream { batches, mut answers, .. } = Stream::open(&worker).await;
+
+    // Every fourth batch asks for an expert that is elsewhere.
+    let expert_of = |id: u64| (id % 4) as u16;
+    let sending = tokio::spawn(async move {
+        for id in 0..200 {
+            batches.send(batch(id, 2, &[(1, expert_of(id)), (0, expert_of(id))])).await.unwrap();
+        }
+    });
+    let input = rows(2);
+    let mut seen = std::collections::BTreeSet::new();
+    while let Some(answer) = answers.message().await.unwrap() {
+        assert!(seen.insert(answer.batch_id), "batch {} is answered twice", answer.batch_id);
+        let id = expert_of(answer.batch_id);
+        match answer.outcome.unwrap() {
+            Outcome::Returned(returned) => {
+                let of = |row: usize| checkpoint::expert(SEED, id, &input[row * HIDDEN..][..HIDDEN]);
+                assert_close(&returned.rows, &[of(1), of(0)].concat());
+            }
+            Outcome::Refused(refused) => assert_eq!((id, refused.missing_experts), (3, vec![3])),
+        }
+    }
+    sending.await.unwrap();
+    assert_eq!(seen.len(), 200, "the stream ends after the last answer");
+    shutdown.begin();
     worker.run(&shutdown).await.unwrap();
 }
 

@@ -54,10 +54,7 @@ struct Assignment {
 /// Computes `batches`, which share a layer, together: each expert sees its rows of all of them in one product.
 ///
 /// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
-pub fn run(
-    batches: &[&ExpertBatch],
-    resident: &dyn Fn(u16) -> Option<Arc<Expert>>,
-) -> Result<Vec<Vec<f32>>, Error> {
+pub fn run(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<Arc<Expert>>) -> Result<Vec<Vec<f32>>, Error> {
     let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
     let mut first_row = 0;
     for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
@@ -77,14 +74,16 @@ pub fn run(
         experts.push((resident(id).ok_or(Error::NotResident(id))?, assignments));
     }
     let Some((any, _)) = experts.first() else {
-        return Ok(batches.iter().map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }]).collect());
+        return Ok(batches
+            .iter()
+            .map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }])
+            .collect());
     };
     let hidden = any.hidden_size();
     let values: Vec<f32> = batches.iter().flat_map(|batch| batch.hidden.iter().copied()).collect();
     let rows = Hidden::from_rows(&values, hidden, any.compute());
 
-    let mut outputs: Vec<Vec<f32>> =
-        batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
+    let mut outputs: Vec<Vec<f32>> = batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
     for (expert, assignments) in experts {
         let indices: Vec<i64> = assignments.iter().map(|assignment| assignment.row).collect();
         let computed = expert.forward(&rows.select(&indices)).to_rows();

@@ -72,12 +72,7 @@ pub struct Expert {
 
 impl Expert {
     /// Maps expert `expert` of layer `layer`, and nothing else of the checkpoint.
-    pub fn load(
-        checkpoint: &Checkpoint,
-        layer: u32,
-        expert: u32,
-        compute: Compute,
-    ) -> Result<Self, checkpoint::Error> {
+    pub fn load(checkpoint: &Checkpoint, layer: u32, expert: u32, compute: Compute) -> Result<Self, checkpoint::Error> {
         let config: &ModelConfig = checkpoint.config();
         let name = format!("model.layers.{layer}.mlp.experts.{expert}");
         let (hidden, inner) = (config.hidden_size, config.moe_intermediate_size);

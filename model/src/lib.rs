@@ -2,7 +2,8 @@
 //! and the wire's codecs.
 //!
 //! In: a checkpoint folder, token ids, rows from the wire. Out: hidden rows, routings, logits, drawn tokens.
-//! Never here: sockets, async, threads other than libtorch's own, anything that executes what a model folder holds.
+//! Never here: sockets, async, threads other than libtorch's own and the one a chat template is rendered on, anything that
+//! executes what a model folder holds.
 //!
 //! Shapes in comments use these letters:
 //!
@@ -18,8 +19,8 @@
 //! | E, K | routed experts, chosen per token |
 
 // A checkpoint, from files to weights.
-pub mod config;
 pub mod checkpoint;
+pub mod config;
 pub mod generation;
 pub mod tokenizer;
 
@@ -27,16 +28,16 @@ pub mod tokenizer;
 pub mod device;
 
 // One forward pass, in the order a row meets the parts.
+mod block;
+pub mod cache;
+pub mod expert;
+pub mod gate;
 mod linear;
+mod mla;
 mod norm;
 mod rope;
-pub mod cache;
-mod mla;
-pub mod gate;
-pub mod expert;
-mod block;
-pub mod transformer;
 pub mod sampler;
+pub mod transformer;
 
 // What an expert worker computes, and how rows travel.
 pub mod compute;

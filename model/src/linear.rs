@@ -58,7 +58,7 @@ impl Linear {
     }
 
     fn product(&self, x: &Tensor) -> Tensor {
-        x.linear(&*self.weight, self.bias.as_deref())
+        x.linear(&self.weight, self.bias.as_deref())
     }
 
     fn tiled(&self, x: &Tensor, tile: i64) -> Tensor {

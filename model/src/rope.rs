@@ -28,7 +28,6 @@ pub(crate) struct Angles {
     sin: Tensor,
 }
 
-
 impl Rope {
     pub(crate) fn new(config: &RopeConfig, dim: usize, device: Device) -> Self {
         let inv_freq = inverse_frequencies(config, dim);
@@ -58,8 +57,7 @@ impl Rope {
             (pairs.reshape([size[0], size[1], 2, half]), 2)
         };
         let (a, b) = (pairs.select(axis, 0), pairs.select(axis, 1)); // [T, heads, R/2]
-        let rotated =
-            Tensor::stack(&[&a * &angles.cos - &b * &angles.sin, &a * &angles.sin + &b * &angles.cos], axis);
+        let rotated = Tensor::stack(&[&a * &angles.cos - &b * &angles.sin, &a * &angles.sin + &b * &angles.cos], axis);
         rotated.reshape(size.as_slice()).to_kind(x.kind())
     }
 }

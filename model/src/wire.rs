@@ -97,19 +97,9 @@ fn encode_fp8(rows: &[f32], hidden: usize) -> (Bytes, Bytes) {
 }
 
 /// `rows` rows of `hidden` values back to f32 `[rows, hidden]`.
-pub fn decode(
-    encoding: Encoding,
-    values: &[u8],
-    scales: &[u8],
-    rows: usize,
-    hidden: usize,
-) -> Result<Vec<f32>, Error> {
+pub fn decode(encoding: Encoding, values: &[u8], scales: &[u8], rows: usize, hidden: usize) -> Result<Vec<f32>, Error> {
     let check = |what, expected: usize, actual: usize| {
-        if expected == actual {
-            Ok(())
-        } else {
-            Err(Error::Length { what, rows, hidden, encoding, expected, actual })
-        }
+        if expected == actual { Ok(()) } else { Err(Error::Length { what, rows, hidden, encoding, expected, actual }) }
     };
     check("rows", encoding.row_bytes(hidden).saturating_mul(rows), values.len())?;
     check("scales", encoding.scale_bytes(hidden).saturating_mul(rows), scales.len())?;
@@ -119,7 +109,10 @@ pub fn decode(
         Encoding::Fp8Block128 => {
             let scales: Vec<f32> = scales.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
             let blocks = values.chunks(hidden.max(1)).flat_map(|row| row.chunks(FP8_BLOCK));
-            blocks.zip(scales).flat_map(|(block, scale)| block.iter().map(move |&byte| decode_e4m3(byte) * scale)).collect()
+            blocks
+                .zip(scales)
+                .flat_map(|(block, scale)| block.iter().map(move |&byte| decode_e4m3(byte) * scale))
+                .collect()
         }
     })
 }

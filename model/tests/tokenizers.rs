@@ -1,5 +1,8 @@
 //! The tokenizer and the chat template against what `transformers` does with the same files (`files/generate.py`).
 
+// Helpers outside of a test function are not seen as tests.
+#![allow(clippy::unwrap_used)]
+
 use std::path::{Path, PathBuf};
 
 use conclave_model::tokenizer::{ChatTemplate, Message, TemplateError, Tokenizer};
@@ -115,7 +118,7 @@ proptest! {
     fn every_text_survives_encoding_and_decoding(text: String) {
         let tokenizer = tokenizer();
         let encoded = tokenizer.encode(&text, false).unwrap();
-        prop_assert_eq!(tokenizer.decode(&encoded, false).unwrap(), text.clone());
+        prop_assert_eq!(tokenizer.decode(&encoded, false).unwrap(), text.as_str());
         let mut decoder = tokenizer.incremental(&[], false);
         let streamed: String = encoded.iter().map(|&id| decoder.push(id).unwrap()).collect();
         prop_assert_eq!(streamed + &decoder.finish().unwrap(), text);

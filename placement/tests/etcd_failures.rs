@@ -2,6 +2,8 @@
 //!
 //! In: faults. Out: the last known state while etcd is away, and the whole truth soon after it is back.
 
+#![allow(clippy::unwrap_used, reason = "a story fails where it stands")]
+
 mod support;
 
 use std::sync::Arc;

@@ -2,6 +2,8 @@
 //!
 //! In: a store without faults of its own, and hands that delete and revoke. Out: a cluster that repairs itself.
 
+#![allow(clippy::unwrap_used, reason = "a story fails where it stands")]
+
 mod support;
 
 use std::sync::Arc;

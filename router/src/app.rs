@@ -183,7 +183,7 @@ fn folder_name(checkpoint: &Checkpoint) -> String {
 fn identity(checkpoint: &Checkpoint, model: &ServedModel) -> ModelIdentity {
     let config: &ModelConfig = &model.config;
     ModelIdentity {
-        name: folder_name(&checkpoint),
+        name: folder_name(checkpoint),
         config_digest: model.identity.config_digest.clone(),
         checkpoint_digest: model.identity.checkpoint_digest.clone(),
         layers: config.num_hidden_layers as u32,
@@ -257,10 +257,8 @@ async fn serve(
     };
     let registration =
         Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch()).await?;
-    let election =
-        Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
-    let controller =
-        control::run(store, keys, config.policy(), view.subscribe(), election.is_leader(), end.clone());
+    let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
+    let controller = control::run(store, keys, config.policy(), view.subscribe(), election.is_leader(), end.clone());
     tokio::spawn(async move {
         controller.await;
         // The view lives as long as somebody follows it.

@@ -2,14 +2,22 @@
 //! model. In: command lines, signals, sockets. Out: effective configuration, servers and channels with their limits
 //! set, and threads that own state. Nothing here knows tensors, experts, placement or what a request means.
 
-pub mod admin;
-pub mod channel;
+// From start to end.
 pub mod config;
-pub mod health;
-pub mod listen;
-pub mod parent;
-pub mod probes;
-pub mod server;
-pub mod shutdown;
 pub mod telemetry;
+
+pub mod parent;
+pub mod shutdown;
+
+// What a process serves.
+pub mod listen;
+pub mod server;
+
+pub mod health;
+
+pub mod admin;
+pub mod probes;
+
+// What it uses.
+pub mod channel;
 pub mod tensor_thread;

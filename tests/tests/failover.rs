@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use conclave_placement::ids::WorkerId;
+use conclave_placement::{ids::WorkerId, state::ClusterState};
 use conclave_proto::expert::v1::RefusedReason;
 use conclave_tests::{
-    client::{Answer, Client, greedy},
+    client::greedy,
     cluster::Cluster,
     eventually::{PATIENCE, eventually},
     fake_expert::{Act, FakeExpert},
@@ -69,12 +69,10 @@ async fn a_lost_worker_s_experts_are_placed_anew() {
     assert_eq!(client.generate(&case.prompt, 24).await.ids(), case.greedy, "half of the experts had to move");
 }
 
-/// One honest worker and one fake, each holding everything. Each fake answers truly for a while, then as its script says.
 #[tokio::test]
 async fn a_faulty_worker_changes_no_token() {
     let golden = Golden::named("v3");
-    let mut cluster =
-        Cluster::builder(&golden.folder).workers(1).guests(1).replicas(2).router(&["--batch-timeout=1"]).launch().await;
+    let mut cluster = beside_a_guest(&golden).await;
     for (number, fault) in [
         Act::Compute,
         Act::Nan,
@@ -83,7 +81,6 @@ async fn a_faulty_worker_changes_no_token() {
         Act::EndStream,
         Act::Never,
         Act::GarbageAfter(Duration::from_secs(2)),
-        Act::Refuse(RefusedReason::Busy),
         Act::Refuse(RefusedReason::Draining),
         Act::Refuse(RefusedReason::NotResident),
         Act::Refuse(RefusedReason::Internal),
@@ -91,33 +88,42 @@ async fn a_faulty_worker_changes_no_token() {
     .into_iter()
     .enumerate()
     {
-        let script = move |nth| if nth < HONEST_BATCHES { Act::Compute } else { fault };
-        let id = format!("fake-{number}");
-        let fake = FakeExpert::join(&cluster, &id, &golden.folder, script).await;
-        if number == 0 {
-            cluster.ready().await;
-        }
-        let planned = WorkerId::parse(&id).expect("a valid name");
-        cluster
-            .until("the fake to be planned for", |state| {
-                state.plan.as_ref().is_some_and(|plan| !plan.assigned_to(&planned).is_empty())
-            })
-            .await;
-        survives(&cluster.client(0).await, &golden, &fake, fault).await;
-        fake.leave().await;
+        survives(&mut cluster, &golden, &format!("fake-{number}"), fault).await;
     }
 }
 
-async fn survives(client: &Client, golden: &Golden, fake: &FakeExpert, fault: Act) {
-    let case = &golden.cases[1];
-    let answer = async || -> Answer { client.generate(&case.prompt, 24).await };
+#[tokio::test]
+async fn a_worker_that_stays_busy_is_passed_over() {
+    let golden = Golden::named("v3");
+    let mut cluster = beside_a_guest(&golden).await;
+    survives(&mut cluster, &golden, "fake-busy", Act::Refuse(RefusedReason::Busy)).await;
+}
+
+/// One honest worker, and room for a guest that holds everything too.
+async fn beside_a_guest(golden: &Golden) -> Cluster {
+    let cluster = Cluster::builder(&golden.folder).workers(1).guests(1).replicas(2);
+    cluster.router(&["--batch-timeout=1"]).launch().await
+}
+
+/// A fake comes, computes truly for a while, shows its fault, and goes.
+async fn survives(cluster: &mut Cluster, golden: &Golden, id: &str, fault: Act) {
+    let script = move |nth| if nth < HONEST_BATCHES { Act::Compute } else { fault };
+    let fake = FakeExpert::join(cluster, id, &golden.folder, script).await;
+    cluster.ready().await;
+    let planned = WorkerId::parse(id).expect("a valid name");
+    let is_planned =
+        |state: &ClusterState| state.plan.as_ref().is_some_and(|plan| !plan.assigned_to(&planned).is_empty());
+    cluster.until("the fake to be planned for", is_planned).await;
+
+    let (client, case) = (cluster.client(0).await, &golden.cases[1]);
     eventually("the fake to meet its fault", async || {
-        assert_eq!(answer().await.ids(), case.greedy, "{fault:?}");
+        assert_eq!(client.generate(&case.prompt, 24).await.ids(), case.greedy, "{fault:?}");
         (fake.batches() > HONEST_BATCHES).then_some(())
     })
     .await;
     if let Act::GarbageAfter(_) = fault {
         eventually("the late answers", async || (fake.answered() >= fake.batches()).then_some(())).await;
     }
-    assert_eq!(answer().await.ids(), case.greedy, "after {fault:?}");
+    assert_eq!(client.generate(&case.prompt, 24).await.ids(), case.greedy, "after {fault:?}");
+    fake.leave().await;
 }

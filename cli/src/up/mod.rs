@@ -2,10 +2,10 @@
 //! this process, however that ends. Everything the children know of each other goes through the store, as in
 //! production. No child is restarted, and no request passes through here.
 
-pub(crate) mod ready;
-mod progress;
 mod children;
 mod local;
+mod progress;
+pub(crate) mod ready;
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;

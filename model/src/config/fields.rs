@@ -131,7 +131,7 @@ impl<'a> Fields<'a> {
             match id < vocab_size {
                 true => ids.push(id as u32),
                 false => {
-                    tracing::warn!(file = %self.file.display(), key, id, vocab_size, "token id is outside the vocabulary")
+                    tracing::warn!(file = %self.file.display(), key, id, vocab_size, "token id is outside the vocabulary");
                 }
             }
         }

@@ -26,7 +26,7 @@ impl Draft {
         self.bytes.chunks_exact(4).map(|bytes| f32::from_le_bytes(bytes.try_into().unwrap())).collect()
     }
 
-    pub(crate) fn as_bf16(mut self) -> Self {
+    pub(crate) fn into_bf16(mut self) -> Self {
         self.bytes = self.values().into_iter().flat_map(|value| half::bf16::from_f32(value).to_le_bytes()).collect();
         self.dtype = Dtype::BF16;
         self

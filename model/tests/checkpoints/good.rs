@@ -60,7 +60,7 @@ fn a_weight_reads_the_files_pages_and_maps_no_more_than_itself() {
     // tensors are BF16 to see both kinds.
     let mut folder = Folder::v3(512, 64);
     for (_, draft) in folder.tensors.iter_mut().step_by(2) {
-        *draft = draft.clone().as_bf16();
+        *draft = draft.clone().into_bf16();
     }
     let (dir, checkpoint) = open(&folder);
     let path = dir.path().canonicalize().unwrap().join("model.safetensors");
@@ -101,7 +101,7 @@ fn half_precision_stays_half_precision_until_asked() {
     let mut folder = Folder::small();
     let name = "model.layers.0.self_attn.o_proj.weight";
     let draft = folder.tensors[name].clone();
-    folder.tensors.insert(name.to_owned(), draft.clone().as_bf16());
+    folder.tensors.insert(name.to_owned(), draft.clone().into_bf16());
     let (_dir, checkpoint) = open(&folder);
     let weight = checkpoint.load(name, &draft.shape).unwrap();
     assert_eq!((weight.kind(), weight.is_mapped()), (Kind::BFloat16, true));

@@ -13,7 +13,7 @@ use conclave_placement::store::Store;
 use conclave_placement::store::etcd::EtcdStore;
 use tempfile::TempDir;
 
-pub struct EtcdProcess {
+pub(crate) struct EtcdProcess {
     child: Child,
     folder: TempDir,
     ports: (u16, u16),
@@ -21,7 +21,7 @@ pub struct EtcdProcess {
 
 impl EtcdProcess {
     /// Starts it and waits until it answers.
-    pub async fn start() -> anyhow::Result<Self> {
+    pub(crate) async fn start() -> anyhow::Result<Self> {
         let mut last = None;
         // A port that is free now may be taken a moment later.
         for _ in 0..5 {
@@ -36,34 +36,34 @@ impl EtcdProcess {
         Err(last.context("etcd was never started")?)
     }
 
-    pub fn endpoint(&self) -> String {
+    pub(crate) fn endpoint(&self) -> String {
         format!("http://127.0.0.1:{}", self.ports.0)
     }
 
-    pub fn store(&self) -> EtcdStore {
+    pub(crate) fn store(&self) -> EtcdStore {
         EtcdStore::new(vec![self.endpoint()])
     }
 
     /// As `kill -9`.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         // Either fails only if it is dead already.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 
     /// Kills it and starts it again on the same folder and ports.
-    pub async fn restart(&mut self) -> anyhow::Result<()> {
+    pub(crate) async fn restart(&mut self) -> anyhow::Result<()> {
         self.kill();
         self.child = spawn(self.folder.path(), self.ports)?;
         self.ready().await
     }
 
     /// Stops it from running without ending it: connections stay open and nobody answers.
-    pub fn pause(&self) -> anyhow::Result<()> {
+    pub(crate) fn pause(&self) -> anyhow::Result<()> {
         self.signal("-STOP")
     }
 
-    pub fn resume(&self) -> anyhow::Result<()> {
+    pub(crate) fn resume(&self) -> anyhow::Result<()> {
         self.signal("-CONT")
     }
 

@@ -4,7 +4,7 @@
 
 #![allow(dead_code, reason = "each test binary uses a part of it")]
 
-pub mod etcd_process;
+pub(crate) mod etcd_process;
 
 use std::future::Future;
 use std::sync::Arc;
@@ -20,25 +20,25 @@ use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 /// Long enough for a loaded machine; a story that waits this long has failed.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, future).await.unwrap_or_else(|_| panic!("{what}: still waiting after {PATIENCE:?}"))
 }
 
 /// Waits until a watched value is as wanted, and returns it.
-pub async fn until<T: Clone>(what: &str, mut receiver: watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> T {
+pub(crate) async fn until<T: Clone>(what: &str, mut receiver: watch::Receiver<T>, wanted: impl FnMut(&T) -> bool) -> T {
     soon(what, async { receiver.wait_for(wanted).await.expect("its sender lives").clone() }).await
 }
 
 /// A memory store behind a socket, until dropped.
-pub struct Served {
-    pub store: Arc<EtcdStore>,
-    pub address: String,
+pub(crate) struct Served {
+    pub(crate) store: Arc<EtcdStore>,
+    pub(crate) address: String,
     _stop: DropGuard,
 }
 
-pub async fn served() -> Served {
+pub(crate) async fn served() -> Served {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = format!("http://{}", listener.local_addr().expect("it is bound"));
     let token = CancellationToken::new();
@@ -46,11 +46,11 @@ pub async fn served() -> Served {
     Served { store: Arc::new(EtcdStore::new(vec![address.clone()])), address, _stop: token.drop_guard() }
 }
 
-pub fn keys() -> Keys {
+pub(crate) fn keys() -> Keys {
     Keys::new(&Cluster::parse("story").expect("a name"))
 }
 
-pub fn worker(name: &str, plan: u64) -> WorkerRecord {
+pub(crate) fn worker(name: &str, plan: u64) -> WorkerRecord {
     WorkerRecord {
         id: WorkerId::parse(name).expect("a name"),
         incarnation: Incarnation::fresh(),

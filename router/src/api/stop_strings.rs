@@ -140,7 +140,7 @@ mod tests {
             let (answer, stop) = naive(&stops, &text);
             let borrowed: Vec<_> = stops.iter().map(String::as_str).collect();
             let (left, held, found) = run(&borrowed, &pieces.iter().map(String::as_str).collect::<Vec<_>>());
-            prop_assert_eq!(left.concat() + &held, answer.clone());
+            prop_assert_eq!(&(left.concat() + &held), &answer);
             prop_assert_eq!(found, stop);
             // Nothing that left early belongs to a stop string: every beginning of what left begins the answer too.
             let mut sent = String::new();

@@ -35,12 +35,11 @@ pub(super) async fn forward(
                 let routing = moe.route(&normed);
                 let rows = normed.to_rows();
                 // The exchange is polled first: its rows are on their way while the shared expert is computed here.
-                let (routed, shared) =
-                    tokio::join!(
-                        biased;
-                        exchange.routed(block.layer() as u32, &rows, &routing, deadline),
-                        async { moe.shared(&normed) }
-                    );
+                let (routed, shared) = tokio::join!(
+                    biased;
+                    exchange.routed(block.layer() as u32, &rows, &routing, deadline),
+                    async { moe.shared(&normed) }
+                );
                 moe.finish(&x, &routed?, shared)
             }
         };

@@ -121,9 +121,9 @@ impl Exchange {
             slots,
             partials: Vec::new(),
         };
-        let complete = round.run().await;
-        self.stall.clear();
-        complete
+        // What a failed step waited for stays told, for requests whose deadline passes at the same moment; the next step
+        // that can be planned clears it.
+        round.run().await
     }
 }
 

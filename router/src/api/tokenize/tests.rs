@@ -121,14 +121,3 @@ fn a_model_describes_itself() {
     assert_eq!((told.eos_token_ids, told.has_chat_template), (vec![257], true));
     assert_eq!((told.config_digest.as_str(), told.checkpoint_digest.as_str()), ("aa", "bb"));
 }
-
-#[test]
-fn dbg_it() {
-    let model = served();
-    let t = model.chat_template.as_ref().unwrap();
-    let r = t.render(&[Message { role: "user".into(), content: "hi".into() }], true);
-    eprintln!("{r:?}");
-    let tk = model.tokenizer.as_ref().unwrap();
-    eprintln!("{:?} {:?}", tk.encode("u:hi", false), tk.encode("<bos>u:hi", false));
-    eprintln!("{:?} {:?}", tk.encode("u:hi", true), tk.encode("<bos>u:hi", true));
-}

@@ -17,7 +17,7 @@ MODEL := models/smollm2/build
 SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 
 .PHONY: help setup demo test bench lint fmt golden clean-deps
-.PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build test-rust test-python
+.PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build build-programs test-rust test-python
 
 help: ## List these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -31,7 +31,7 @@ demo: ## Start a cluster of one router and four workers, ask it a question, stop
 test: setup-build setup-python setup-etcd check-fmt check-clippy build demo-model test-rust test-python ## Run all checks and tests (needs a real etcd)
 	@echo "make test: everything passed"
 
-bench: setup-build setup-python build demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
+bench: setup-build setup-python build-programs demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
 	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2
 	@target/debug/conclave-bench all --model $(MODEL) $(if $(JSON),--json)
 
@@ -88,7 +88,10 @@ check-scripts:
 	else echo "shellcheck is not installed: scripts are not checked" >&2; fi
 
 build:
-	cargo build --workspace --all-targets --locked
+	@cargo build --workspace --all-targets --locked
+
+build-programs:
+	@cargo build --workspace --bins --locked
 
 # The same tests either way. Without nextest, two at once stands in for its test groups; nextest runs no doc tests.
 test-rust:
@@ -99,4 +102,4 @@ test-rust:
 	fi
 
 test-python:
-	$(PYTHON) -m unittest discover --start-directory models/smollm2 --pattern 'test_*.py'
+	@$(PYTHON) -m unittest discover --start-directory models/smollm2 --pattern 'test_*.py'

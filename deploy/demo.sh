@@ -84,7 +84,7 @@ start_cluster() {
 deploy/setup.sh build
 deploy/setup.sh python
 say "Building (the first time takes a while)"
-cargo build --workspace --bins
+cargo build --workspace --bins --locked
 .deps/python/bin/python models/smollm2/convert.py
 
 store=embedded

@@ -14,7 +14,7 @@ use crate::peer::{Timed, Transformers};
 use crate::stats::Samples;
 
 const WORKERS: usize = 2;
-const TOKENS: u32 = 48;
+const TOKENS: u32 = 32;
 /// The two take turns this often. transformers loads the checkpoint anew for each implementation of the experts it has.
 const TURNS: usize = 3;
 /// Answers a turn: the peer's are few because its slower implementations take half a minute each.
@@ -79,13 +79,15 @@ async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {
     let mut theirs = Side::default();
     let mut peer = Transformers::find().map_err(|error| error.to_string());
     let mut last: Option<Timed> = None;
-    for _ in 0..TURNS {
+    for turn in 1..=TURNS {
+        eprintln!("decode: turn {turn} of {TURNS}, the cluster");
         for _ in 0..ANSWERS {
             let answer = cluster.generate(&prompt, TOKENS).await?;
             ours.tokens_per_second.push(answer.tokens_per_second);
             ours.first_token_ms.push(answer.first_token.as_secs_f64() * 1e3);
         }
         if let Ok(transformers) = &peer {
+            eprintln!("decode: turn {turn} of {TURNS}, transformers (a minute or more)");
             match transformers.decode(model, &prompt, TOKENS, cores, PEER_ANSWERS).await {
                 Ok(timed) => {
                     theirs.tokens_per_second.push(timed.tokens_per_second);
@@ -158,12 +160,12 @@ impl fmt::Display for Report {
             "Decode of {model}, bf16, one sequence, {prompt_tokens} prompt tokens and {TOKENS} drawn, {cores} cores for each side,"
         )?;
         writeln!(f, "in {TURNS} turns; the time to the first token is apart.")?;
-        writeln!(f, "{:<44} {:>9} {:>15} {:>16}", "", "tokens/s", "range", "first token, ms")?;
-        writeln!(f, "{:<44} {}", format!("conclave, router and {WORKERS} workers"), self.cluster.cells())?;
+        writeln!(f, "{:<56} {:>9} {:>15} {:>16}", "", "tokens/s", "range", "first token, ms")?;
+        writeln!(f, "{:<56} {}", format!("conclave, router and {WORKERS} workers"), self.cluster.cells())?;
         match &self.peer {
             Ok(peer) => {
-                writeln!(f, "{:<44} {}", format!("{} ({})", peer.name, peer.experts), peer.side.cells())?;
-                writeln!(f, "{:<44} {:>9.2}", "conclave ÷ transformers", self.ratio().unwrap_or(f64::NAN))?;
+                writeln!(f, "{:<56} {}", format!("{}, {} experts", peer.name, peer.experts), peer.side.cells())?;
+                writeln!(f, "{:<56} {:>9.2}", "conclave ÷ transformers", self.ratio().unwrap_or(f64::NAN))?;
                 writeln!(
                     f,
                     "Of {TOKENS} greedy tokens the first {} are the same on both sides.",

@@ -11,6 +11,7 @@ mod peer;
 
 mod stats;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
@@ -48,24 +49,61 @@ struct DecodeArgs {
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    match cli.what {
-        What::Dispatch => print(cli.json, Some(&dispatch::measure().await?), None),
-        What::Decode(args) => print(cli.json, None, Some(&decode::measure(&args.model).await?)),
-        What::All(args) => {
-            let dispatch = dispatch::measure().await?;
-            print(cli.json, Some(&dispatch), Some(&decode::measure(&args.model).await?));
-        }
-        What::Echo => echo::serve().await?,
-    }
+    let machine = Machine::now();
+    let (dispatch, decode) = match &cli.what {
+        What::Echo => return echo::serve().await,
+        What::Dispatch => (Some(dispatch::measure().await?), None),
+        What::Decode(args) => (None, Some(decode::measure(&args.model).await?)),
+        What::All(args) => (Some(dispatch::measure().await?), Some(decode::measure(&args.model).await?)),
+    };
+    print(cli.json, &machine, dispatch.as_ref(), decode.as_ref())?;
     Ok(())
 }
 
-fn print(json: bool, dispatch: Option<&dispatch::Report>, decode: Option<&decode::Report>) {
+/// What else the machine did when the run began: a reader must know before believing a ratio.
+struct Machine {
+    cores: usize,
+    /// Runnable tasks over the last minute; absent where the kernel does not say.
+    load: Option<f64>,
+}
+
+impl Machine {
+    fn now() -> Self {
+        let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let load = text.split_whitespace().next().and_then(|first| first.parse().ok());
+        Self { cores: std::thread::available_parallelism().map_or(1, usize::from), load }
+    }
+
+    fn is_busy(&self) -> bool {
+        self.load.is_some_and(|load| load > 0.5 * self.cores as f64)
+    }
+}
+
+fn print(
+    json: bool,
+    machine: &Machine,
+    dispatch: Option<&dispatch::Report>,
+    decode: Option<&decode::Report>,
+) -> std::io::Result<()> {
+    let mut out = std::io::stdout().lock();
     if json {
-        let dispatch = dispatch.map(dispatch::Report::to_json);
-        println!("{:#}", serde_json::json!({ "dispatch": dispatch, "decode": decode.map(decode::Report::to_json) }));
-        return;
+        let report = serde_json::json!({
+            "cores": machine.cores,
+            "load_before": machine.load,
+            "dispatch": dispatch.map(dispatch::Report::to_json),
+            "decode": decode.map(decode::Report::to_json),
+        });
+        return writeln!(out, "{report:#}");
     }
     let tables = [dispatch.map(ToString::to_string), decode.map(ToString::to_string)];
-    println!("{}", tables.into_iter().flatten().collect::<Vec<_>>().join("\n"));
+    writeln!(out, "{}", tables.into_iter().flatten().collect::<Vec<_>>().join("\n"))?;
+    if machine.is_busy() {
+        let (load, cores) = (machine.load.unwrap_or_default(), machine.cores);
+        writeln!(
+            out,
+            "This machine was busy when the run began (load {load:.1} on {cores} cores): take the ratios as rough."
+        )?;
+        writeln!(out, "Who spins while waiting, as transformers' OpenMP threads do, suffers most.")?;
+    }
+    Ok(())
 }

@@ -165,12 +165,15 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, end })
 }
 
-/// Checks this checkpoint against the cluster's, waiting for a store that is away.
+/// Checks this checkpoint against the cluster's, waiting for a store that is away. Says so once.
 async fn agree_on_model(store: &dyn Store, keys: &Keys, identity: &ModelIdentity) -> Result<(), IdentityError> {
+    let mut told = false;
     loop {
         match model_key::ensure_model(store, keys, identity).await {
             Err(IdentityError::Store(error)) if error.retryable() => {
-                tracing::warn!(%error, "waiting for the store");
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "waiting for the store");
+                }
                 tokio::time::sleep(STORE_RETRY).await;
             }
             agreed => return agreed,

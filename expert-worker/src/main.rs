@@ -5,7 +5,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::Context;
+use anyhow::anyhow;
 use conclave_expert_worker::app;
 use conclave_expert_worker::config::Config;
 use conclave_runtime::shutdown::Shutdown;
@@ -17,7 +17,8 @@ fn main() -> ExitCode {
     match run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            // Every error of ours says its cause itself.
+            tracing::error!("{error}");
             ExitCode::FAILURE
         }
     }
@@ -25,9 +26,10 @@ fn main() -> ExitCode {
 
 fn run(config: &Config) -> anyhow::Result<()> {
     if config.die_with_parent {
-        parent::die_with_parent().context("cannot follow the parent process")?;
+        parent::die_with_parent().map_err(|error| anyhow!("cannot follow the parent process: {error}"))?;
     }
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("cannot start tokio")?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| anyhow!("cannot start tokio: {error}"))?;
     runtime.block_on(async {
         let shutdown = Shutdown::on_signals();
         match app::start(config, &shutdown).await? {

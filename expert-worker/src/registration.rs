@@ -1,6 +1,7 @@
 //! What the cluster knows of this worker: its record comes in from the rooms that change it, and is published under the
 //! worker's lease. Readers elsewhere act on it, so it never claims an expert before the tensor thread has it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use conclave_placement::ids::PlanVersion;
@@ -9,7 +10,6 @@ use conclave_placement::membership::Membership;
 use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
 use conclave_placement::store::{self, Store};
 use parking_lot::Mutex;
-use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
 #[derive(Debug)]

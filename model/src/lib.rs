@@ -19,8 +19,8 @@
 //! | E, K | routed experts, chosen per token |
 
 // A checkpoint, from files to weights.
-pub mod checkpoint;
 pub mod config;
+pub mod checkpoint;
 pub mod generation;
 pub mod tokenizer;
 
@@ -28,16 +28,16 @@ pub mod tokenizer;
 pub mod device;
 
 // One forward pass, in the order a row meets the parts.
-mod block;
-pub mod cache;
-pub mod expert;
-pub mod gate;
 mod linear;
-mod mla;
 mod norm;
 mod rope;
-pub mod sampler;
+pub mod cache;
+mod mla;
+pub mod gate;
+pub mod expert;
+mod block;
 pub mod transformer;
+pub mod sampler;
 
 // What an expert worker computes, and how rows travel.
 pub mod compute;

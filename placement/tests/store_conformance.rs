@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use conclave_placement::Store;
+use conclave_placement::store::etcd::EtcdStore;
 use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::{CasOutcome, Error, Event, Expected, LeaseId};
 use futures::FutureExt;
@@ -76,6 +77,16 @@ async fn etcd_conforms() -> anyhow::Result<()> {
     let etcd = EtcdProcess::start().await?;
     play(Ground { store: Arc::new(etcd.store()), compact: compact_at(etcd.endpoint()) }).await;
     Ok(())
+}
+
+#[tokio::test]
+async fn a_dead_address_among_several_is_passed_over() {
+    let served = served().await;
+    let store = EtcdStore::new(vec!["http://127.0.0.1:1".into(), served.address.clone()]);
+    for _ in 0..20 {
+        store.get("k").await.unwrap();
+        store.put("k", "v".into(), None).await.unwrap();
+    }
 }
 
 fn compact_at(endpoint: String) -> Compact {

@@ -4,17 +4,17 @@
 //! Never here: routed experts' weights; a read of the store on the way of a token.
 
 // Wiring.
-pub mod app;
 pub mod config;
+pub mod app;
 mod metrics;
 
 // The way of a request, room by room.
 pub mod api;
-pub mod engine;
-pub mod moe;
-pub mod scheduler;
 pub mod sequence;
+pub mod scheduler;
+pub mod engine;
 mod stall;
+pub mod moe;
 pub mod workers;
 
 // Who holds what, decided by the router that leads.

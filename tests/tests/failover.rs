@@ -99,6 +99,20 @@ async fn a_worker_that_stays_busy_is_passed_over() {
     survives(&mut cluster, &golden, "fake-busy", Act::Refuse(RefusedReason::Busy)).await;
 }
 
+#[tokio::test]
+async fn the_only_worker_is_asked_again_until_it_answers() {
+    let golden = Golden::named("v2_lite");
+    let case = &golden.cases[1];
+    for fault in [Act::Refuse(RefusedReason::Busy), Act::EndStream] {
+        let mut cluster = Cluster::builder(&golden.folder).workers(0).guests(1).launch().await;
+        let script = move |nth| if nth % 10 == 9 { fault } else { Act::Compute };
+        let fake = FakeExpert::join(&cluster, "fake", &golden.folder, script).await;
+        cluster.ready().await;
+        assert_eq!(cluster.client(0).await.generate(&case.prompt, 24).await.ids(), case.greedy, "{fault:?}");
+        assert!(fake.batches() > 10, "too few batches to meet {fault:?}");
+    }
+}
+
 /// One honest worker, and room for a guest that holds everything too.
 async fn beside_a_guest(golden: &Golden) -> Cluster {
     let cluster = Cluster::builder(&golden.folder).workers(1).guests(1).replicas(2);

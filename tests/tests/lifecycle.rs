@@ -48,8 +48,10 @@ async fn serving_outlives_etcd_and_everybody_registers_again() {
     // Leases outlive an etcd that restarts soon enough. These did not.
     let address = cluster.etcd.as_ref().expect("its own").address();
     let mut etcd = etcd_client::Client::connect([address], None).await.expect("etcd is back");
-    let before = leased_keys(&mut etcd, cluster.keys.prefix()).await;
-    assert_eq!(before.len(), 4, "two workers, a router and a leader: {before:?}");
+    let before = eventually("two workers, a router and a leader", async || {
+        Some(leased_keys(&mut etcd, cluster.keys.prefix()).await).filter(|keys| keys.len() == 4)
+    })
+    .await;
     for (_, lease) in &before {
         // Another key of the same lease may have had it revoked.
         let _ = etcd.lease_revoke(*lease).await;

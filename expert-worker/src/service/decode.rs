@@ -28,8 +28,6 @@ pub struct Decoded {
     pub batch: ExpertBatch,
     /// How the rows shall go back: F32 or BF16.
     pub return_encoding: Encoding,
-    /// Bytes of the answer's rows.
-    pub return_bytes: usize,
 }
 
 /// Checks `message` and decodes its rows. The error is for the sender's log.
@@ -55,14 +53,14 @@ pub fn decode(message: &pb::DispatchBatch, shape: &Shape) -> Result<Decoded, Str
     let weights = weights(message, assignments)?;
 
     let returned = if weights.is_some() { rows } else { assignments };
-    let return_bytes = returned
-        .checked_mul(return_encoding.row_bytes(shape.hidden))
-        .filter(|bytes| *bytes <= MAX_INTERNAL_MESSAGE - ANSWER_OVERHEAD)
-        .ok_or_else(|| format!("an answer of {returned} rows is larger than {MAX_INTERNAL_MESSAGE} bytes"))?;
+    let bytes = returned.saturating_mul(return_encoding.row_bytes(shape.hidden));
+    if bytes > MAX_INTERNAL_MESSAGE - ANSWER_OVERHEAD {
+        return Err(format!("an answer of {returned} rows is larger than {MAX_INTERNAL_MESSAGE} bytes"));
+    }
     let hidden = wire::decode(encoding, &message.hidden, &message.scales, rows, shape.hidden)
         .map_err(|error| format!("hidden: {error}"))?;
     let batch = ExpertBatch { layer: message.layer, rows, hidden, expert_ids, row_ids, weights };
-    Ok(Decoded { batch, return_encoding, return_bytes })
+    Ok(Decoded { batch, return_encoding })
 }
 
 fn encoding(field: &str, number: i32) -> Result<Encoding, String> {
@@ -168,13 +166,13 @@ mod tests {
         let decoded = decode(&good(), &shape()).unwrap();
         assert_eq!(decoded.batch.hidden, (0..8).map(|n| n as f32).collect::<Vec<_>>());
         assert_eq!((decoded.batch.expert_ids, decoded.batch.row_ids), (vec![7, 0, 7], vec![1, 1, 0]));
-        assert_eq!((decoded.return_encoding, decoded.return_bytes), (Encoding::Bf16, 3 * 4 * 2));
+        assert_eq!((decoded.return_encoding, decoded.batch.weights), (Encoding::Bf16, None));
 
         let mut partial = good();
         partial.mode = pb::CombineMode::PartialSum.into();
         partial.weights = le([0.5f32, 0.25, 1.0].map(f32::to_le_bytes));
         let decoded = decode(&partial, &shape()).unwrap();
-        assert_eq!((decoded.batch.weights, decoded.return_bytes), (Some(vec![0.5, 0.25, 1.0]), 2 * 4 * 2));
+        assert_eq!(decoded.batch.weights, Some(vec![0.5, 0.25, 1.0]));
     }
 
     #[test]

@@ -129,7 +129,7 @@ impl Parts {
         if self.draining.is_cancelled() {
             return Err(Refusal::Draining);
         }
-        let Decoded { batch, return_encoding, .. } = decode(message, &self.shape).map_err(Refusal::Invalid)?;
+        let Decoded { batch, return_encoding } = decode(message, &self.shape).map_err(Refusal::Invalid)?;
         let missing = self.resident.missing(LayerIdx(batch.layer), &batch.expert_ids);
         if !missing.is_empty() {
             return Err(Refusal::NotResident(missing));

@@ -2,8 +2,9 @@
 //!
 //! In: addresses. Out: the promises of [`Store`], each call within a time limit. Never here: a background task, or a
 //! silent repair. A watch that ends says so and its reader lists again; a lease that ended says so and its holder takes
-//! another. What does repair itself is the connection: a call that times out throws it away, since a connection into a
-//! black hole would otherwise be used until TCP gives up on it, minutes later.
+//! another. What does repair itself is the connection: a call that times out or finds nobody throws it away, and the next
+//! one goes to the next address. Otherwise a connection into a black hole would be used until TCP gives up on it, minutes
+//! later.
 
 use std::fmt;
 use std::future::Future;
@@ -18,6 +19,7 @@ use etcd_client::{
 };
 use futures::stream;
 use parking_lot::Mutex;
+use tokio::time::{Instant, timeout_at};
 use tonic::Code;
 
 use super::{
@@ -33,16 +35,16 @@ const PING_TIMEOUT: Duration = Duration::from_secs(2);
 /// A whole cluster's records and plan come in one listing.
 const MAX_MESSAGE: usize = 64 << 20;
 
-/// A client of one etcd cluster. Connects when it is first called.
+/// A client of one etcd cluster. Connects when it is first called, to one address at a time.
 pub struct EtcdStore {
     endpoints: Vec<String>,
-    connection: Mutex<Option<Arc<Connection>>>,
+    current: Mutex<Current>,
 }
 
-impl fmt::Debug for EtcdStore {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("EtcdStore").field(&self.endpoints).finish()
-    }
+/// The connection in use, if any, and whose turn it is.
+struct Current {
+    connection: Option<Arc<Connection>>,
+    turn: usize,
 }
 
 struct Connection {
@@ -51,16 +53,26 @@ struct Connection {
     lease: LeaseClient,
 }
 
+impl fmt::Debug for EtcdStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("EtcdStore").field(&self.endpoints).finish()
+    }
+}
+
 impl EtcdStore {
     /// A store at these addresses (`http://host:port`), members of one etcd cluster.
     pub fn new(endpoints: Vec<String>) -> Self {
-        Self { endpoints, connection: Mutex::new(None) }
+        Self { endpoints, current: Mutex::new(Current { connection: None, turn: 0 }) }
     }
 
-    async fn connection(&self) -> std::result::Result<Arc<Connection>, etcd_client::Error> {
-        if let Some(connection) = self.connection.lock().clone() {
-            return Ok(connection);
-        }
+    async fn connection(&self) -> Outcome<Arc<Connection>> {
+        let turn = {
+            let current = self.current.lock();
+            if let Some(connection) = &current.connection {
+                return Ok(connection.clone());
+            }
+            current.turn
+        };
         let options = ConnectOptions::new()
             .with_connect_timeout(CONNECT_TIMEOUT)
             .with_tcp_keepalive(PING_EVERY)
@@ -68,34 +80,71 @@ impl EtcdStore {
             // etcd takes pings without a call in flight for abuse.
             .with_keep_alive_while_idle(false)
             .with_require_leader(true);
-        let client = Client::connect(&self.endpoints, Some(options)).await?;
+        let mut endpoints = self.endpoints.iter().cycle().skip(turn % self.endpoints.len().max(1));
+        let client = Client::connect(endpoints.next().as_slice(), Some(options)).await?;
         let connection = Arc::new(Connection {
             kv: client.kv_client().max_decoding_message_size(MAX_MESSAGE),
             watch: client.watch_client().max_decoding_message_size(MAX_MESSAGE),
             lease: client.lease_client(),
         });
-        *self.connection.lock() = Some(connection.clone());
+        self.current.lock().connection = Some(connection.clone());
         Ok(connection)
     }
 
-    /// Runs one call within the time limit; one that times out takes its connection with it.
-    async fn call<T, F>(&self, call: &'static str, run: impl FnOnce(Arc<Connection>) -> F) -> Result<T>
-    where
-        F: Future<Output = std::result::Result<T, etcd_client::Error>>,
-    {
-        let connection = self.connection().await.map_err(|error| classify(call, error))?;
-        match tokio::time::timeout(CALL_TIMEOUT, run(connection.clone())).await {
-            Ok(outcome) => outcome.map_err(|error| classify(call, error)),
-            Err(_) => {
-                let mut current = self.connection.lock();
-                if current.as_ref().is_some_and(|current| Arc::ptr_eq(current, &connection)) {
-                    *current = None;
-                }
-                Err(Error::Timeout { call, after: CALL_TIMEOUT })
-            }
+    /// Throws a connection away, unless another call did already, and passes the turn on.
+    fn discard(&self, connection: &Arc<Connection>) {
+        let mut current = self.current.lock();
+        if current.connection.as_ref().is_some_and(|current| Arc::ptr_eq(current, connection)) {
+            current.connection = None;
+            current.turn = current.turn.wrapping_add(1);
         }
     }
+
+    /// Runs a call once, for what must not happen twice.
+    async fn once<T, F>(&self, call: &'static str, run: impl FnOnce(Arc<Connection>) -> F) -> Result<T>
+    where
+        F: Future<Output = Outcome<T>>,
+    {
+        self.attempt(call, Instant::now() + CALL_TIMEOUT, run).await
+    }
+
+    /// Runs a call that may happen twice at one address after the other until one answers, within one time limit.
+    async fn anywhere<T, F>(&self, call: &'static str, run: impl Fn(Arc<Connection>) -> F) -> Result<T>
+    where
+        F: Future<Output = Outcome<T>>,
+    {
+        let deadline = Instant::now() + CALL_TIMEOUT;
+        for _ in 1..self.endpoints.len() {
+            match self.attempt(call, deadline, &run).await {
+                Err(Error::Unavailable { message, .. }) => tracing::debug!(call, message, "asking the next address"),
+                answer => return answer,
+            }
+        }
+        self.attempt(call, deadline, &run).await
+    }
+
+    async fn attempt<T, F>(
+        &self,
+        call: &'static str,
+        deadline: Instant,
+        run: impl FnOnce(Arc<Connection>) -> F,
+    ) -> Result<T>
+    where
+        F: Future<Output = Outcome<T>>,
+    {
+        let connection = self.connection().await.map_err(|error| classify(call, error))?;
+        let answer = match timeout_at(deadline, run(connection.clone())).await {
+            Ok(outcome) => outcome.map_err(|error| classify(call, error)),
+            Err(_) => Err(Error::Timeout { call, after: CALL_TIMEOUT }),
+        };
+        if matches!(answer, Err(Error::Timeout { .. } | Error::Unavailable { .. })) {
+            self.discard(&connection);
+        }
+        answer
+    }
 }
+
+type Outcome<T> = std::result::Result<T, etcd_client::Error>;
 
 /// Sorts what etcd and the transport say into what can be tried again and what cannot.
 fn classify(call: &'static str, error: etcd_client::Error) -> Error {
@@ -133,7 +182,7 @@ fn malformed(what: &'static str) -> etcd_client::Error {
     etcd_client::Error::Internal(format!("the answer has {what}"))
 }
 
-fn revision(header: Option<&etcd_client::ResponseHeader>) -> std::result::Result<i64, etcd_client::Error> {
+fn revision(header: Option<&etcd_client::ResponseHeader>) -> Outcome<i64> {
     header.map(etcd_client::ResponseHeader::revision).ok_or_else(|| malformed("no header"))
 }
 
@@ -164,23 +213,21 @@ fn with_lease<T>(lease: Option<LeaseId>, outcome: Outcome<T>) -> Outcome<std::re
     }
 }
 
-type Outcome<T> = std::result::Result<T, etcd_client::Error>;
-
 #[async_trait]
 impl Store for EtcdStore {
     async fn get(&self, key: &str) -> Result<Option<Entry>> {
-        let got = self.call("get", |connection| async move { connection.kv.clone().get(key, None).await }).await?;
+        let got = self.anywhere("get", |connection| async move { connection.kv.clone().get(key, None).await }).await?;
         Ok(got.kvs().first().and_then(entry))
     }
 
     async fn list(&self, prefix: &str) -> Result<Listing> {
-        let options = GetOptions::new().with_prefix();
         let list = |connection: Arc<Connection>| async move {
+            let options = GetOptions::new().with_prefix();
             let got = connection.kv.clone().get(prefix, Some(options)).await?;
             let revision = revision(got.header())?;
             Ok(Listing { entries: got.kvs().iter().filter_map(entry).collect(), revision })
         };
-        self.call("list", list).await
+        self.anywhere("list", list).await
     }
 
     async fn compare_and_put(
@@ -212,7 +259,7 @@ impl Store for EtcdStore {
                 _ => Err(malformed("no entry")),
             }
         };
-        self.call("compare_and_put", swap).await?.map_err(Error::LeaseLost)
+        self.once("compare_and_put", swap).await?.map_err(Error::LeaseLost)
     }
 
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<i64> {
@@ -224,12 +271,12 @@ impl Store for EtcdStore {
                 Err(lease) => Ok(Err(lease)),
             }
         };
-        self.call("put", put).await?.map_err(Error::LeaseLost)
+        self.once("put", put).await?.map_err(Error::LeaseLost)
     }
 
     async fn delete(&self, key: &str) -> Result<bool> {
         let gone =
-            self.call("delete", |connection| async move { connection.kv.clone().delete(key, None).await }).await?;
+            self.once("delete", |connection| async move { connection.kv.clone().delete(key, None).await }).await?;
         Ok(gone.deleted() > 0)
     }
 
@@ -237,18 +284,18 @@ impl Store for EtcdStore {
         let options = DeleteOptions::new().with_prefix();
         let delete =
             |connection: Arc<Connection>| async move { connection.kv.clone().delete(prefix, Some(options)).await };
-        Ok(self.call("delete_prefix", delete).await?.deleted().unsigned_abs())
+        Ok(self.once("delete_prefix", delete).await?.deleted().unsigned_abs())
     }
 
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<WatchStream> {
-        let options = WatchOptions::new().with_prefix().with_start_revision(from_revision);
         let open = |connection: Arc<Connection>| async move {
+            let options = WatchOptions::new().with_prefix().with_start_revision(from_revision);
             let mut stream = connection.watch.clone().watch(prefix, Some(options)).await?;
             // The first message says that the watch exists; until then an event could be missed.
             let first = stream.message().await?.ok_or_else(|| malformed("no message"))?;
             Ok((stream, first))
         };
-        let (stream, first) = self.call("watch", open).await?;
+        let (stream, first) = self.anywhere("watch", open).await?;
         let first = events(&first)?;
         let rest = stream::unfold(Some(stream), |stream| async move {
             let mut stream = stream?;
@@ -271,7 +318,7 @@ impl Store for EtcdStore {
         let seconds = ttl.as_secs() + u64::from(ttl.subsec_nanos() > 0);
         let seconds = i64::try_from(seconds.max(1)).unwrap_or(i64::MAX);
         let grant = |connection: Arc<Connection>| async move { connection.lease.clone().grant(seconds, None).await };
-        Ok(LeaseId(self.call("grant", grant).await?.id()))
+        Ok(LeaseId(self.anywhere("grant", grant).await?.id()))
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> Result<KeepAlive> {
@@ -288,7 +335,7 @@ impl Store for EtcdStore {
             let answer = answers.message().await?.ok_or_else(|| malformed("no message"))?;
             Ok(u64::try_from(answer.ttl()).ok().filter(|ttl| *ttl > 0).ok_or(lease))
         };
-        let remaining = self.call("keep_alive", beat).await?.map_err(Error::LeaseLost)?;
+        let remaining = self.anywhere("keep_alive", beat).await?.map_err(Error::LeaseLost)?;
         Ok(KeepAlive { remaining: Duration::from_secs(remaining) })
     }
 
@@ -297,7 +344,7 @@ impl Store for EtcdStore {
             let revoked = connection.lease.clone().revoke(lease.0).await;
             with_lease(Some(lease), revoked).map(|_| ())
         };
-        self.call("revoke", revoke).await
+        self.anywhere("revoke", revoke).await
     }
 }
 

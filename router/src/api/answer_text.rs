@@ -34,8 +34,8 @@ impl AnswerText {
         Ok(self.hold_back.push(&piece))
     }
 
-    /// Takes the tokens of an answer that were delivered earlier. Their text was delivered with them; what was held back
-    /// then is held back now. The stop string that they complete, if they complete one.
+    /// Takes the tokens of an answer that were delivered earlier. Their text was delivered with them; what was held
+    /// back then is held back now. The stop string that they complete, if they complete one.
     ///
     /// # Errors
     /// As [`push`](Self::push).

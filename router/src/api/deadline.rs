@@ -15,8 +15,8 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 /// When to try again for an expert that nobody holds: a controller has re-placed it by then, or will not soon.
 const HOLDER_RETRY: Duration = Duration::from_secs(1);
 
-/// The instant by which an answer must be complete: the client's timeout less a margin (a tenth, at most half a second),
-/// so that our status arrives before the client's own clock ends the call with a vague one; never later than `limit`.
+/// The instant by which an answer must be complete: the client's timeout less a margin (a tenth, at most half a
+/// second), so that our status arrives before the client's own clock ends the call with a vague one; never later than `limit`.
 /// A client that names no timeout gets `limit`.
 ///
 /// # Errors

@@ -161,7 +161,8 @@ mod tests {
                     break;
                 }
                 let held = &hold_back.held;
-                prop_assert!(held.is_empty() || stops.iter().any(|s| s.starts_with(held.as_str()) && s.len() > held.len()));
+                let begun = stops.iter().any(|stop| stop.starts_with(held.as_str()) && stop.len() > held.len());
+                prop_assert!(held.is_empty() || begun);
             }
         }
     }

@@ -24,8 +24,8 @@ const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}\
     {{ message.role[0] }}:{{ message.content }}\n{% endfor %}\
     {% if add_generation_prompt %}a:{% endif %}";
 
-/// Bytes as the vocabulary of a byte-level tokenizer spells them (GPT-2's table): visible ones as themselves, the others
-/// as the characters from U+0100 on, in order.
+/// Bytes as the vocabulary of a byte-level tokenizer spells them (GPT-2's table): visible ones as themselves, the
+/// others as the characters from U+0100 on, in order.
 fn spelling(byte: u8) -> char {
     let visible = |byte: u8| matches!(byte, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
     if visible(byte) {

@@ -1,6 +1,6 @@
 //! Text and chats to the token ids that a model sees, and back.
 //!
-//! In: text, messages, ids, all of bounded size. Out: ids, text. Never here: tokens that were asked for by nobody, a text
+//! In: text, messages, ids, all of bounded size. Out: ids, text. Never here: tokens that nobody asked for, text
 //! that is cut to fit.
 
 use conclave_model::tokenizer::{Message, TemplateError, Tokenizer};
@@ -14,8 +14,8 @@ use super::{
     validate::{self, Bounds},
 };
 
-/// Text that is longer than this for each token of the context cannot fit in practice (English has about 4 bytes a token,
-/// source code's longest runs of blanks some 80): it is refused before any time is spent on tokenising it. The floor
+/// Text that is longer than this for each token of the context cannot fit in practice (English has about 4 bytes a
+/// token, source code's longest runs of blanks some 80): it is refused before any time is spent on tokenising it. The floor
 /// lets a small model still say how many tokens too many there were.
 const BYTES_PER_TOKEN_MAX: usize = 64;
 const TEXT_BYTES_MIN: usize = 64 << 10;

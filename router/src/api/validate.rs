@@ -1,6 +1,6 @@
 //! A client's message becomes a [`ValidRequest`], once, or the failure that names the field at fault.
 //!
-//! In: a `GenerateRequest`, the served model's bounds, a way to turn its input into token ids. Out: numbers that are all
+//! In: a `GenerateRequest`, the served model's bounds, a way to turn its input into token ids. Out: numbers all
 //! inside their ranges, with the checkpoint's defaults filled in, and the stop strings for the stream. Never here: I/O,
 //! the tokenizer itself, a client's text in an error's message.
 
@@ -81,8 +81,8 @@ pub(super) struct Accepted {
 /// Checks everything, the cheap first; `encode` turns the input into token ids and is called at most once.
 ///
 /// # Errors
-/// `NotFound` for another model's name, `FailedPrecondition` for stop strings without a tokenizer, whatever `encode` says,
-/// else `InvalidArgument` with the field's path.
+/// `NotFound` for another model's name, `FailedPrecondition` for stop strings without a tokenizer, whatever `encode`
+/// says, else `InvalidArgument` with the field's path.
 pub(super) fn accept(
     request: pb::GenerateRequest,
     bounds: &Bounds,

@@ -35,8 +35,6 @@ use crate::service::{self, Parts, Service, Shape};
 
 /// How long streams whose batches are all answered may hold up the end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
-/// Between attempts to reach a store that is away while this worker starts.
-const STORE_RETRY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -153,7 +151,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let model = Model::new(Arc::clone(&checkpoint), digests.config_digest, digests.checkpoint_digest, config.dtype);
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
-    agree_on_model(&*store, &keys, &model.identity).await?;
+    model_key::agree(&*store, &keys, &model.identity).await?;
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
     let metrics = Metrics::register(&probes.registry);
@@ -163,22 +161,6 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let router =
         server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
     Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, end })
-}
-
-/// Checks this checkpoint against the cluster's, waiting for a store that is away. Says so once.
-async fn agree_on_model(store: &dyn Store, keys: &Keys, identity: &ModelIdentity) -> Result<(), IdentityError> {
-    let mut told = false;
-    loop {
-        match model_key::ensure_model(store, keys, identity).await {
-            Err(IdentityError::Store(error)) if error.retryable() => {
-                if !std::mem::replace(&mut told, true) {
-                    tracing::warn!(%error, "waiting for the store");
-                }
-                tokio::time::sleep(STORE_RETRY).await;
-            }
-            agreed => return agreed,
-        }
-    }
 }
 
 /// What this worker knows of the model.

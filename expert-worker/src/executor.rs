@@ -21,7 +21,7 @@ use crate::batcher::{Answer, Batcher, Pending, Refusal, Taken};
 use crate::metrics::Metrics;
 
 /// What the tensor thread owns.
-type Experts = HashMap<(u32, u16), Arc<Expert>>;
+type Experts = HashMap<(u32, u16), Expert>;
 
 #[derive(Debug)]
 pub struct Executor {
@@ -62,12 +62,7 @@ impl Executor {
 
     /// Hands an expert to the tensor thread. It can be computed with once this returns.
     pub async fn install(&self, layer: LayerIdx, id: ExpertId, expert: Expert) -> Result<(), tensor_thread::Error> {
-        let install = move |experts: &mut Experts| {
-            // An expert may not be shared between threads, and this one never leaves its own.
-            #[allow(clippy::arc_with_non_send_sync)]
-            experts.insert((layer.0, id.0), Arc::new(expert));
-        };
-        self.thread.run(install).await
+        self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), expert))).await
     }
 
     /// Lets the thread finish what waits and drop the experts.
@@ -133,7 +128,7 @@ fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, R
 /// One output per batch, or what went wrong, a panic included.
 fn compute_batches(experts: &Experts, batches: &[&ExpertBatch]) -> Result<Vec<Vec<f32>>, String> {
     let layer = batches.first().map_or(0, |batch| batch.layer);
-    let held = |id| experts.get(&(layer, id)).map(Arc::clone);
+    let held = |id| experts.get(&(layer, id));
     let outputs = match catch_unwind(AssertUnwindSafe(|| compute::run(batches, &held))) {
         Ok(Ok(outputs)) => outputs,
         Ok(Err(error)) => return Err(error.to_string()),

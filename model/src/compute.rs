@@ -3,7 +3,7 @@
 //! In: checked batches of one layer, and the experts that are here. Out: for each batch, rows in its own order.
 //! Never here: a missing expert skipped. Either every assignment is computed or the caller is told.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::collections::BTreeMap;
 
 use crate::{expert::Expert, transformer::Hidden};
 
@@ -54,7 +54,7 @@ struct Assignment {
 /// Computes `batches`, which share a layer, together: each expert sees its rows of all of them in one product.
 ///
 /// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
-pub fn run(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<Arc<Expert>>) -> Result<Vec<Vec<f32>>, Error> {
+pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Vec<f32>>, Error> {
     let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
     let mut first_row = 0;
     for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {

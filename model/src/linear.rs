@@ -14,6 +14,8 @@ use crate::{
 pub(crate) struct Linear {
     weight: Weight,
     bias: Option<Weight>,
+    /// Columns of the result.
+    out: i64,
     /// Rows of every product, where that is fixed.
     tile: Option<i64>,
 }
@@ -24,6 +26,8 @@ pub(crate) struct Linear {
 /// rows at more than 32 and, in some shapes, at 1. So every product has the same number of rows, padded with zeros.
 /// In bf16 sixteen rows cost as one, since reading the weight is the cost; in f32 they do not, so tiles are smaller.
 const TILE_ROWS: (i64, i64) = (8, 16);
+/// A product of fewer columns depends on where in the tile a row stands, so weights are padded to this many.
+const TILE_COLUMNS: i64 = 16;
 
 impl Linear {
     /// Reads `<name>.weight` `[out, in]`, and `<name>.bias` `[out]` where `bias` says there is one.
@@ -46,7 +50,15 @@ impl Linear {
             (Numerics::Reproducible, Dtype::F32) => Some(TILE_ROWS.0),
             (Numerics::Reproducible, Dtype::Bf16) => Some(TILE_ROWS.1),
         };
-        Self { weight, bias, tile }
+        let out = weight.size()[0];
+        let pad = |weight: Weight| match weight.dim() {
+            1 => Weight::owned(weight.constant_pad_nd([0, TILE_COLUMNS - out])),
+            _ => Weight::owned(weight.constant_pad_nd([0, 0, 0, TILE_COLUMNS - out])),
+        };
+        match tile {
+            Some(_) if out < TILE_COLUMNS => Self { weight: pad(weight), bias: bias.map(pad), out, tile },
+            _ => Self { weight, bias, out, tile },
+        }
     }
 
     /// `[T, in]` to `[T, out]`.
@@ -66,7 +78,7 @@ impl Linear {
         let part = |start| {
             let here = tile.min(rows - start);
             let padded = x.narrow(0, start, here).constant_pad_nd([0, 0, 0, tile - here]);
-            self.product(&padded).narrow(0, 0, here)
+            self.product(&padded).narrow(0, 0, here).narrow(1, 0, self.out)
         };
         let parts: Vec<Tensor> = (0..rows).step_by(tile as usize).map(part).collect();
         Tensor::cat(&parts, 0)

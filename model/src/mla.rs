@@ -161,10 +161,11 @@ impl Mla {
         let rows = q_nope.size()[0];
         let before = cache.len() as i64 - rows;
         if self.numerics == Numerics::Reproducible {
-            // Row by row over exactly the keys it may see: the same products whatever chunk the row came in.
+            // Row by row over exactly the keys it may see, each in memory of its own, since libtorch's products depend on
+            // how their operands are aligned: the same bits whatever chunk the row came in.
             let each = |row| {
                 let keys = cache.view(before + row + 1);
-                self.absorbed(&q_nope.narrow(0, row, 1), &q_pe.narrow(0, row, 1), &keys)
+                self.absorbed(&q_nope.narrow(0, row, 1).copy(), &q_pe.narrow(0, row, 1).copy(), &keys)
             };
             return Tensor::cat(&(0..rows).map(each).collect::<Vec<_>>(), 0);
         }

@@ -2,8 +2,6 @@
 //!
 //! In: a checkpoint, token ids. Out: logits and greedy tokens. Never here: anything clever.
 
-use std::sync::Arc;
-
 use crate::{
     cache::SequenceCache,
     checkpoint::{self, Checkpoint},
@@ -19,7 +17,7 @@ use crate::{
 pub struct Oracle {
     transformer: Transformer,
     /// Per layer, empty for dense ones.
-    experts: Vec<Vec<Arc<Expert>>>,
+    experts: Vec<Vec<Expert>>,
 }
 
 impl Oracle {
@@ -29,7 +27,7 @@ impl Oracle {
         let mut experts = Vec::new();
         for layer in 0..config.num_hidden_layers {
             let here = if config.is_moe(layer) { config.n_routed_experts } else { 0 };
-            let load = |expert| Expert::load(checkpoint, layer as u32, expert as u32, compute).map(Arc::new);
+            let load = |expert| Expert::load(checkpoint, layer as u32, expert as u32, compute);
             experts.push((0..here).map(load).collect::<Result<Vec<_>, _>>()?);
         }
         Ok(Self { transformer: Transformer::load(checkpoint, compute, |_| {})?, experts })
@@ -76,7 +74,7 @@ impl Oracle {
             row_ids: (0..rows as u32).flat_map(|row| std::iter::repeat_n(row, routing.experts_per_row)).collect(),
             weights: Some(routing.weights.clone()),
         };
-        let here = |expert: u16| self.experts[layer].get(expert as usize).cloned();
+        let here = |expert: u16| self.experts[layer].get(expert as usize);
         let mut computed = compute::run(&[&batch], &here).unwrap_or_else(|error| unreachable!("{error}"));
         computed.swap_remove(0)
     }

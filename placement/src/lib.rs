@@ -6,19 +6,26 @@
 //!
 //! The README beside this crate states the properties the planner, the store, membership and the view keep.
 
-mod backoff;
-mod codec;
-pub mod election;
+// What is said of a cluster.
 pub mod ids;
-pub mod keys;
-mod lease;
-pub mod lint;
-pub mod membership;
-pub mod model_key;
-pub mod plan;
-pub mod planner;
 pub mod state;
+pub mod plan;
+mod codec;
+
+// What should be.
+pub mod planner;
+pub mod lint;
+
+// Where it is kept, and under which keys.
 pub mod store;
+pub mod keys;
+
+// How processes join, lead, agree and watch.
+mod backoff;
+mod lease;
+pub mod membership;
+pub mod election;
+pub mod model_key;
 pub mod view;
 
 pub use codec::DecodeError;

@@ -46,12 +46,15 @@ pub async fn ensure_model(store: &dyn Store, keys: &Keys, model: &ModelIdentity)
     }
 }
 
-/// [`ensure_model`], waiting for a store that is away for as long as it is.
+/// [`ensure_model`], waiting for a store that is away for as long as it is. Says so once.
 pub async fn agree(store: &dyn Store, keys: &Keys, model: &ModelIdentity) -> Result<(), IdentityError> {
+    let mut told = false;
     loop {
         match ensure_model(store, keys, model).await {
             Err(IdentityError::Store(error)) if error.retryable() => {
-                tracing::warn!(%error, "waiting for the store");
+                if !std::mem::replace(&mut told, true) {
+                    tracing::warn!(%error, "waiting for the store");
+                }
                 tokio::time::sleep(AGREE_AGAIN).await;
             }
             agreed => return agreed,

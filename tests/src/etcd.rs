@@ -11,10 +11,7 @@ use std::{
 use conclave_placement::store;
 use tempfile::TempDir;
 
-use crate::{
-    eventually::eventually,
-    process::{Process, Signal},
-};
+use crate::{eventually::eventually, process::Process};
 
 /// One etcd member on free ports, with its data in a folder of its own.
 #[derive(Debug)]
@@ -64,16 +61,6 @@ impl EtcdProcess {
     /// Kills it (SIGKILL). What it stored stays.
     pub async fn kill(&mut self) {
         self.process.kill().await;
-    }
-
-    /// Freezes it, as a machine out of memory or a long disk write would.
-    pub fn pause(&self) {
-        self.process.signal(Signal::STOP);
-    }
-
-    /// Ends [`Self::pause`].
-    pub fn resume(&self) {
-        self.process.signal(Signal::CONT);
     }
 
     /// Starts it again on the same data and ports, and awaits its first answer.

@@ -160,7 +160,7 @@ struct TrueExperts {
 
 struct Loaded {
     checkpoint: Checkpoint,
-    experts: HashMap<(u32, u16), Arc<Expert>>,
+    experts: HashMap<(u32, u16), Expert>,
 }
 
 impl TrueExperts {
@@ -196,14 +196,12 @@ impl TrueExperts {
 }
 
 impl Loaded {
-    // The Arc is what the worker's own code takes; it stays on this thread.
-    #[allow(clippy::arc_with_non_send_sync)]
     fn compute(&mut self, batch: &ExpertBatch) -> Vec<f32> {
         for &id in &batch.expert_ids {
             let load = || Expert::load(&self.checkpoint, batch.layer, id.into(), Compute::REFERENCE);
-            self.experts.entry((batch.layer, id)).or_insert_with(|| Arc::new(load().expect("a whole checkpoint")));
+            self.experts.entry((batch.layer, id)).or_insert_with(|| load().expect("a whole checkpoint"));
         }
-        let resident = |id: u16| self.experts.get(&(batch.layer, id)).cloned();
+        let resident = |id: u16| self.experts.get(&(batch.layer, id));
         compute::run(&[batch], &resident).expect("a router sends sound batches").swap_remove(0)
     }
 }

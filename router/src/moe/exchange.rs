@@ -10,9 +10,10 @@ use conclave_model::{
     gate::Routing,
     wire::{self, Encoding},
 };
+use conclave_placement::ids::WorkerId;
 use futures::{StreamExt, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::{
@@ -21,11 +22,13 @@ use super::{
 };
 use crate::{
     stall::Stall,
-    workers::{Dispatch, Refusal, Reply, Snapshot, Workers},
+    workers::{Dispatch, Reach, Refusal, Reply, Snapshot, Workers},
 };
 
-/// Before rows refused as BUSY without a hint are sent again, and the longest hint believed.
-const BUSY_WAIT: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// How long a worker that said BUSY is passed over: at least, and at most, whatever it asked for.
+const BUSY_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// How long a worker that failed or refused is passed over, its stream apart: that has a backoff of its own.
+const FAILED_PAUSE: Duration = Duration::from_millis(250);
 
 /// What comes back from a worker, and so who does the weighted sum.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -76,8 +79,8 @@ struct Round<'a> {
     deadline: Instant,
     /// Assignments that are neither back nor on their way.
     todo: Vec<Assignment>,
-    /// `(worker, epoch)` that failed in this round: not asked again over the same connection.
-    failed: Vec<(String, u64)>,
+    /// Workers that did not compute what they were sent, and until when they are passed over.
+    passed_over: Vec<(WorkerId, Instant)>,
     last_failure: Option<String>,
     /// Rows by slot, or complete parts, as they come back.
     slots: Vec<f32>,
@@ -87,7 +90,7 @@ struct Round<'a> {
 /// One part on its way, with what is needed to plan it again.
 struct Sent {
     part: Part,
-    worker: (String, u64),
+    worker: WorkerId,
     reply: Reply,
 }
 
@@ -116,7 +119,7 @@ impl Exchange {
             routing,
             deadline,
             todo,
-            failed: Vec::new(),
+            passed_over: Vec::new(),
             last_failure: None,
             slots,
             partials: Vec::new(),
@@ -140,25 +143,27 @@ impl Round<'_> {
                 return Ok(self.sum());
             }
             let waits = !self.todo.is_empty();
+            let again = self.passed_over.iter().map(|(_, until)| *until).min();
             tokio::select! {
                 Some(sent) = flying.next() => self.receive(sent),
                 // The pool lives as long as this handle; were it gone, the deadline would end the wait.
                 Ok(()) = snapshots.changed(), if waits => {}
-                () = tokio::time::sleep_until(self.deadline) => return Err(self.late()),
+                () = sleep_until(again.unwrap_or(self.deadline)), if waits && again.is_some() => {}
+                () = sleep_until(self.deadline) => return Err(self.late()),
             }
         }
     }
 
-    /// Parts for all that is to do, or none while an expert has no holder.
+    /// Parts for all that is to do, or none while an expert has no holder that may be asked now.
     fn plan(&mut self, snapshot: &Snapshot) -> Vec<Part> {
         if self.todo.is_empty() {
             return Vec::new();
         }
-        let failed = |reach: &crate::workers::Reach| {
-            self.failed.iter().any(|(id, epoch)| *id == reach.id.as_str() && *epoch == reach.epoch)
-        };
+        let now = Instant::now();
+        self.passed_over.retain(|(_, until)| *until > now);
+        let passed_over = |reach: &Reach| self.passed_over.iter().any(|(worker, _)| *worker == reach.id);
         let excluded: Vec<u32> =
-            (0u32..).zip(&snapshot.workers).filter(|(_, reach)| failed(reach)).map(|(index, _)| index).collect();
+            (0u32..).zip(&snapshot.workers).filter(|(_, reach)| passed_over(reach)).map(|(index, _)| index).collect();
         match plan::plan(&self.todo, |expert| snapshot.holders(self.layer, expert), &excluded) {
             Ok(parts) => {
                 self.todo.clear();
@@ -166,14 +171,15 @@ impl Round<'_> {
                 parts
             }
             Err(plan::NoHolder { expert }) => {
-                let reason = if snapshot.workers.is_empty() {
+                let absent = if snapshot.workers.is_empty() {
                     "no expert worker can be reached".to_owned()
                 } else {
                     format!("expert {expert} of layer {} has no holder", self.layer)
                 };
                 self.exchange.stall.set(match &self.last_failure {
-                    Some(failure) => format!("{reason} ({failure})"),
-                    None => reason,
+                    Some(failure) if !excluded.is_empty() => failure.clone(),
+                    Some(failure) => format!("{absent} ({failure})"),
+                    None => absent,
                 });
                 Vec::new()
             }
@@ -182,15 +188,12 @@ impl Round<'_> {
 
     /// One part to its worker, as a future that borrows nothing of the round.
     fn send(&self, snapshot: &Snapshot, part: Part) -> impl Future<Output = Sent> + use<> {
-        let reach = snapshot.workers[part.worker as usize].clone();
+        let Reach { id, link } = snapshot.workers[part.worker as usize].clone();
         let dispatch = self.dispatch(snapshot, &part);
         let (patience, deadline) = (self.exchange.patience, self.deadline);
         async move {
-            let reply = reach.link.call(&dispatch, patience, deadline).await;
-            if let Reply::Refused(Refusal::Busy(after)) = &reply {
-                tokio::time::sleep((*after).clamp(BUSY_WAIT.0, BUSY_WAIT.1)).await;
-            }
-            Sent { part, worker: (reach.id.as_str().to_owned(), reach.epoch), reply }
+            let reply = link.call(&dispatch, patience, deadline).await;
+            Sent { part, worker: id, reply }
         }
     }
 
@@ -235,21 +238,22 @@ impl Round<'_> {
                     self.partials.push((part.rows, first, rows));
                 }
             },
-            Reply::Refused(Refusal::Busy(_)) => self.again(part, format!("worker {} is busy", worker.0)),
             Reply::Refused(refusal) => {
-                let failure = format!("worker {} refused: {refusal}", worker.0);
-                self.failed.push(worker);
-                self.again(part, failure);
+                let pause = match &refusal {
+                    Refusal::Busy(after) => (*after).clamp(BUSY_PAUSE.0, BUSY_PAUSE.1),
+                    _ => FAILED_PAUSE,
+                };
+                self.again(part, worker.clone(), pause, format!("worker {worker} refused: {refusal}"));
             }
-            Reply::Lost(failure) => {
-                self.failed.push(worker);
-                self.again(part, failure);
-            }
+            Reply::Lost(failure) => self.again(part, worker, FAILED_PAUSE, failure),
         }
     }
 
-    fn again(&mut self, part: Part, failure: String) {
+    /// Puts a part on the list again. Its worker is passed over for a while: another holder is asked at once, and where
+    /// there is none it is asked again after the pause.
+    fn again(&mut self, part: Part, worker: WorkerId, pause: Duration, failure: String) {
         debug!(layer = self.layer, rows = part.rows.len(), %failure, "planning rows again");
+        self.passed_over.push((worker, Instant::now() + pause));
         self.last_failure = Some(failure);
         self.todo.extend(part.assignments);
         self.todo.sort_unstable_by_key(|assignment| assignment.slot);

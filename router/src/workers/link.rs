@@ -33,20 +33,9 @@ const SEND_QUEUE: usize = 64;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to connect: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
-/// How long a worker whose answer could not be believed is left alone.
-const QUARANTINE: Duration = Duration::from_secs(5);
-
-/// Whether a worker can be asked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LinkState {
-    /// No stream.
-    Down,
-    /// There is one, the `epoch`-th.
-    Up {
-        /// Counts connections.
-        epoch: u64,
-    },
-}
+/// How long a worker is left alone whose answer could not be believed, or did not come in time: doubles from the first to
+/// the second for as long as it answers nothing in between.
+const QUARANTINE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
 /// A cheap handle on one worker's stream.
 #[derive(Clone, Debug)]
@@ -65,13 +54,22 @@ struct Shared {
 /// The connection of the moment.
 #[derive(Debug, Default)]
 struct Stream {
-    epoch: u64,
     /// `None` while there is no connection.
     out: Option<mpsc::Sender<pb::DispatchBatch>>,
     waiting: HashMap<u64, Waiting>,
-    /// Ends the connection of the moment.
+    /// Ends the connection of the moment: a batch was not answered in time.
     cut: CancellationToken,
-    quarantined: bool,
+    /// Whether anything sound came back over it.
+    answered: bool,
+}
+
+/// Why a connection ended.
+#[derive(Debug)]
+enum Ending {
+    /// It broke, or the worker ended it, or we did because the worker left.
+    Broken(String),
+    /// The worker cannot be relied on: it was silent for too long, or talked nonsense.
+    Unreliable(String),
 }
 
 #[derive(Debug)]
@@ -121,12 +119,8 @@ impl Link {
     }
 
     /// Whether it can be used now.
-    pub fn state(&self) -> LinkState {
-        let stream = self.0.stream.lock();
-        match &stream.out {
-            Some(_) => LinkState::Up { epoch: stream.epoch },
-            None => LinkState::Down,
-        }
+    pub fn is_up(&self) -> bool {
+        self.0.stream.lock().out.is_some()
     }
 
     /// Sends one batch and waits for what becomes of it. A worker that has not answered after `patience` is suspect:
@@ -173,34 +167,41 @@ impl Link {
 
     async fn keep_connected(self, endpoint: Endpoint, events: mpsc::Sender<()>) {
         let stop = self.0.stop.clone();
-        let mut backoff = BACKOFF.0;
+        let (mut backoff, mut quarantine) = (BACKOFF.0, QUARANTINE.0);
         while !stop.is_cancelled() {
             let opened = tokio::select! {
                 opened = Self::connect(&endpoint) => opened,
                 () = stop.cancelled() => break,
             };
-            match opened {
+            let pause = match opened {
                 Ok((out, inbound)) => {
-                    backoff = BACKOFF.0;
                     let cut = self.up(out);
                     let _ = events.send(()).await;
-                    let why = self.receive(inbound, &cut).await;
-                    let quarantined = self.down();
+                    let ending = self.receive(inbound, &cut).await;
+                    let answered = self.down();
                     let _ = events.send(()).await;
-                    if !stop.is_cancelled() {
-                        warn!(worker = %self.0.worker, %why, "stream to expert worker ended");
-                    }
-                    if quarantined {
-                        backoff = QUARANTINE;
+                    (backoff, quarantine) = if answered { (BACKOFF.0, QUARANTINE.0) } else { (backoff, quarantine) };
+                    match ending {
+                        _ if stop.is_cancelled() => break,
+                        Ending::Broken(why) => {
+                            warn!(worker = %self.0.worker, %why, "stream to expert worker ended");
+                            doubling(&mut backoff, BACKOFF.1)
+                        }
+                        Ending::Unreliable(why) => {
+                            warn!(worker = %self.0.worker, %why, pause = ?quarantine, "expert worker left alone");
+                            doubling(&mut quarantine, QUARANTINE.1)
+                        }
                     }
                 }
-                Err(why) => debug!(worker = %self.0.worker, %why, "expert worker not reached"),
-            }
+                Err(why) => {
+                    debug!(worker = %self.0.worker, %why, "expert worker not reached");
+                    doubling(&mut backoff, BACKOFF.1)
+                }
+            };
             tokio::select! {
-                () = tokio::time::sleep(backoff) => {}
+                () = tokio::time::sleep(pause) => {}
                 () = stop.cancelled() => {}
             }
-            backoff = (backoff * 2).min(BACKOFF.1);
         }
         self.down();
     }
@@ -222,50 +223,55 @@ impl Link {
     }
 
     fn up(&self, out: mpsc::Sender<pb::DispatchBatch>) -> CancellationToken {
-        let mut stream = self.0.stream.lock();
-        let cut = self.0.stop.child_token();
-        *stream = Stream { epoch: stream.epoch + 1, out: Some(out), cut: cut.clone(), ..Stream::default() };
+        let cut = CancellationToken::new();
+        *self.0.stream.lock() = Stream { out: Some(out), cut: cut.clone(), ..Stream::default() };
         cut
     }
 
-    /// Everything that waits is lost: dropping its sender tells it so. Says whether the worker is to be left alone.
+    /// Everything that waits is lost: dropping its sender tells it so. Says whether the worker had answered anything.
     fn down(&self) -> bool {
-        let mut stream = self.0.stream.lock();
-        let quarantined = stream.quarantined;
-        *stream = Stream { epoch: stream.epoch, ..Stream::default() };
-        quarantined
+        std::mem::take(&mut *self.0.stream.lock()).answered
     }
 
-    /// Gives answers to those who wait, until the stream ends; says why it ended.
-    async fn receive(&self, mut inbound: Streaming<pb::CombineBatch>, cut: &CancellationToken) -> String {
+    /// Gives answers to those who wait, until the stream ends.
+    async fn receive(&self, mut inbound: Streaming<pb::CombineBatch>, cut: &CancellationToken) -> Ending {
         loop {
             let message = tokio::select! {
                 message = inbound.message() => message,
-                () = cut.cancelled() => return "a batch was not answered in time, or the worker left".to_owned(),
+                () = cut.cancelled() => return Ending::Unreliable("a batch was not answered in time".to_owned()),
+                () = self.0.stop.cancelled() => return Ending::Broken("the worker left".to_owned()),
             };
             match message {
                 Ok(Some(message)) => {
                     if let Err(why) = self.answer(message) {
                         self.0.counters.corrupt.fetch_add(1, Relaxed);
-                        self.0.stream.lock().quarantined = true;
-                        return why;
+                        return Ending::Unreliable(why);
                     }
                 }
-                Ok(None) => return "the worker closed it".to_owned(),
-                Err(status) => return status.to_string(),
+                Ok(None) => return Ending::Broken("the worker closed it".to_owned()),
+                Err(status) => return Ending::Broken(status.to_string()),
             }
         }
     }
 
     fn answer(&self, message: pb::CombineBatch) -> Result<(), String> {
-        let Some(waiting) = self.0.stream.lock().waiting.remove(&message.batch_id) else {
+        let waiting = self.0.stream.lock().waiting.remove(&message.batch_id);
+        let Some(waiting) = waiting else {
             self.0.counters.late.fetch_add(1, Relaxed);
             return Ok(());
         };
         let outcome = message.outcome.ok_or("an answer without an outcome")?;
         let reply = codec::from_message(outcome, waiting.rows, self.0.hidden)?;
+        self.0.stream.lock().answered = true;
         // Whoever asked may have stopped waiting this moment.
         let _ = waiting.answer.send(reply);
         Ok(())
     }
+}
+
+/// The pause of this time; the next one is twice as long, up to `longest`.
+fn doubling(pause: &mut Duration, longest: Duration) -> Duration {
+    let now = *pause;
+    *pause = (now * 2).min(longest);
+    now
 }

@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 pub use codec::{Dispatch, Refusal, Reply};
-pub use link::{Link, LinkState};
+pub use link::Link;
 pub use snapshot::{Reach, Snapshot};
 
 /// Link events waiting for the pool; each link has at most one change under way.

@@ -10,7 +10,7 @@ use conclave_placement::{
     state::{ClusterState, WorkerState},
 };
 
-use super::{Link, LinkState};
+use super::Link;
 
 /// A worker that can be asked now.
 #[derive(Clone, Debug)]
@@ -19,8 +19,6 @@ pub struct Reach {
     pub id: WorkerId,
     /// Sends to it.
     pub link: Link,
-    /// Which connection this is: a new one after every loss.
-    pub epoch: u64,
 }
 
 /// Who can be asked for what.
@@ -45,9 +43,11 @@ impl Snapshot {
         let experts = state.model.as_ref().map_or(0, |model| model.experts as usize);
         for record in state.workers.values().filter(|record| record.state == WorkerState::Serving) {
             let Some(link) = links.get(&(record.id.clone(), record.incarnation)) else { continue };
-            let LinkState::Up { epoch } = link.state() else { continue };
+            if !link.is_up() {
+                continue;
+            }
             let index = snapshot.workers.len() as u32;
-            snapshot.workers.push(Reach { id: record.id.clone(), link: link.clone(), epoch });
+            snapshot.workers.push(Reach { id: record.id.clone(), link: link.clone() });
             for (layer, expert) in record.resident.iter() {
                 let layer = snapshot.holders.entry(layer.0).or_insert_with(|| vec![Vec::new(); experts]);
                 if let Some(holders) = layer.get_mut(usize::from(expert.0)) {

@@ -18,12 +18,19 @@ use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
-use crate::decode::Answer;
-
 /// Loading a checkpoint from a cold disk takes a while.
 const START_WITHIN: Duration = Duration::from_secs(300);
 /// Longer than the drain grace of every process in it.
 const STOP_WITHIN: Duration = Duration::from_secs(60);
+
+/// One answer, as its client saw it.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) ids: Vec<u32>,
+    /// After the first token.
+    pub(crate) tokens_per_second: f64,
+    pub(crate) first_token: Duration,
+}
 
 #[derive(Debug)]
 pub(crate) struct Cluster {

@@ -4,7 +4,6 @@
 
 use std::fmt;
 use std::path::Path;
-use std::time::Duration;
 
 use anyhow::Context;
 use serde_json::{Value, json};
@@ -22,16 +21,6 @@ const ANSWERS: usize = 3;
 const PEER_ANSWERS: usize = 1;
 const PROMPT: &str = "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down the weather \
                       and the ships that passed. One evening in late November she saw";
-
-/// One answer, as its client saw it.
-#[derive(Debug)]
-pub(crate) struct Answer {
-    pub(crate) ids: Vec<u32>,
-    /// After the first token.
-    pub(crate) tokens_per_second: f64,
-    pub(crate) first_token: Duration,
-}
-
 #[derive(Debug)]
 pub(crate) struct Report {
     model: String,
@@ -160,12 +149,12 @@ impl fmt::Display for Report {
             "Decode of {model}, bf16, one sequence, {prompt_tokens} prompt tokens and {TOKENS} drawn, {cores} cores for each side,"
         )?;
         writeln!(f, "in {TURNS} turns; the time to the first token is apart.")?;
-        writeln!(f, "{:<56} {:>9} {:>15} {:>16}", "", "tokens/s", "range", "first token, ms")?;
-        writeln!(f, "{:<56} {}", format!("conclave, router and {WORKERS} workers"), self.cluster.cells())?;
+        writeln!(f, "{:<62} {:>9} {:>15} {:>16}", "", "tokens/s", "range", "first token, ms")?;
+        writeln!(f, "{:<62} {}", format!("conclave, router and {WORKERS} workers"), self.cluster.cells())?;
         match &self.peer {
             Ok(peer) => {
-                writeln!(f, "{:<56} {}", format!("{}, {} experts", peer.name, peer.experts), peer.side.cells())?;
-                writeln!(f, "{:<56} {:>9.2}", "conclave ÷ transformers", self.ratio().unwrap_or(f64::NAN))?;
+                writeln!(f, "{:<62} {}", format!("{}, {} experts", peer.name, peer.experts), peer.side.cells())?;
+                writeln!(f, "{:<62} {:>9.2}", "conclave ÷ transformers", self.ratio().unwrap_or(f64::NAN))?;
                 writeln!(
                     f,
                     "Of {TOKENS} greedy tokens the first {} are the same on both sides.",

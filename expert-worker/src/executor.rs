@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use conclave_model::compute::{self, ExpertBatch};
 use conclave_model::device::init_thread;
 use conclave_model::expert::Expert;
+use conclave_model::wire;
 use conclave_placement::ids::{ExpertId, LayerIdx};
 use conclave_runtime::tensor_thread::{self, SpawnError, TensorThread, panic_message};
 use parking_lot::Mutex;
@@ -94,7 +95,7 @@ fn turn(experts: &Experts, waiting: &Mutex<Batcher>, metrics: &Metrics) {
             metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
             metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
             // Returned as computed: the router judges its workers, this worker only counts.
-            if !rows.iter().all(|value| value.is_finite()) {
+            if !wire::all_finite(rows) {
                 metrics.non_finite.inc();
             }
         }

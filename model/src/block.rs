@@ -9,9 +9,10 @@ use crate::{
     device::Compute,
     expert::Mlp,
     gate::{Gate, Routing},
+    hidden::Hidden,
     mla::{Mla, Segment},
     norm::RmsNorm,
-    transformer::{Hidden, Positions},
+    rope::Positions,
 };
 
 /// One decoder layer.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{expert::Expert, transformer::Hidden};
+use crate::{expert::Expert, hidden::Hidden};
 
 /// Rows of one layer that one router sent at once.
 #[derive(Clone, Debug, PartialEq)]

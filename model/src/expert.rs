@@ -8,8 +8,8 @@ use crate::{
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
     device::{Compute, Numerics},
+    hidden::Hidden,
     linear::Linear,
-    transformer::Hidden,
 };
 
 /// `down(silu(gate(x)) * up(x))`.

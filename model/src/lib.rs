@@ -28,6 +28,7 @@ pub mod tokenizer;
 pub mod device;
 
 // One forward pass, in the order a row meets the parts.
+pub mod hidden;
 mod linear;
 mod norm;
 mod rope;
@@ -46,4 +47,4 @@ pub mod wire;
 // The whole model in one process: what the cluster is tested against.
 pub mod oracle;
 
-pub use transformer::Hidden;
+pub use hidden::Hidden;

@@ -8,8 +8,9 @@ use crate::{
     compute::{self, ExpertBatch},
     device::Compute,
     expert::Expert,
+    hidden::Hidden,
     sampler::argmax,
-    transformer::{FeedForward, Hidden, Segment, Transformer},
+    transformer::{FeedForward, Segment, Transformer},
 };
 
 /// Router's half and all experts together.

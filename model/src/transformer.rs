@@ -3,65 +3,23 @@
 //! In: a checkpoint; then token ids and positions. Out: the residual stream between its layers, and logits.
 //! Never here: routed experts' weights, sampling.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     checkpoint::{self, Checkpoint, Weight},
     config::ModelConfig,
     device::Compute,
+    hidden::Hidden,
     linear::Linear,
     norm::RmsNorm,
-    rope::{Angles, Rope},
+    rope::Rope,
 };
 
 pub use crate::{
     block::{Block, Dense, FeedForward, Moe},
     mla::Segment,
+    rope::Positions,
 };
-
-/// Rows `[T, D]` in the format that the model computes in.
-#[derive(Debug)]
-pub struct Hidden(pub(crate) Tensor);
-
-impl Hidden {
-    /// f32 values `[n, hidden]` as rows for `compute`. Panics where `values` is no whole number of rows.
-    pub fn from_rows(values: &[f32], hidden: usize, compute: Compute) -> Self {
-        assert_eq!(values.len() % hidden, 0, "rows of {hidden}");
-        let rows = Tensor::from_slice(values).view([-1, hidden as i64]);
-        Self(rows.to_device(compute.torch_device()).to_kind(compute.kind()))
-    }
-
-    /// f32 values in the shape, format and place of `other`.
-    pub(crate) fn like(other: &Self, values: &[f32]) -> Self {
-        let rows = Tensor::from_slice(values).view(other.0.size().as_slice());
-        Self(rows.to_device(other.0.device()).to_kind(other.0.kind()))
-    }
-
-    /// T.
-    pub fn rows(&self) -> usize {
-        self.0.size()[0] as usize
-    }
-
-    /// The values as f32 `[T, D]`.
-    pub fn to_rows(&self) -> Vec<f32> {
-        let rows = self.0.to_device(tch::Device::Cpu).to_kind(Kind::Float).contiguous();
-        let mut values = vec![0.0; rows.numel()];
-        rows.copy_data(&mut values, rows.numel());
-        values
-    }
-
-    /// The rows at `indices`, in that order.
-    pub(crate) fn select(&self, indices: &[i64]) -> Self {
-        Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))
-    }
-}
-
-/// Where rows stand in their sequences.
-#[derive(Debug)]
-pub struct Positions<'a> {
-    pub(crate) rope: &'a Rope,
-    pub(crate) angles: Angles,
-}
 
 /// Embedding, layers, last norm and head.
 #[derive(Debug)]

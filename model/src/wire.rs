@@ -67,14 +67,16 @@ impl Encoding {
 /// Rows `[n, hidden]` to values and scales (empty but for the 8-bit encoding).
 pub fn encode(rows: &[f32], hidden: usize, encoding: Encoding) -> (Bytes, Bytes) {
     match encoding {
+        // Into a buffer of the right size, one fixed-size chunk a value: the compiler makes vectors of these loops.
         Encoding::F32 => {
-            let mut out = Vec::with_capacity(rows.len() * 4);
-            rows.iter().for_each(|value| out.extend_from_slice(&value.to_le_bytes()));
+            let mut out = vec![0; rows.len() * 4];
+            out.as_chunks_mut().0.iter_mut().zip(rows).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
             (out.into(), Bytes::new())
         }
         Encoding::Bf16 => {
-            let mut out = Vec::with_capacity(rows.len() * 2);
-            rows.iter().for_each(|value| out.extend_from_slice(&bf16::from_f32(*value).to_le_bytes()));
+            let mut out = vec![0; rows.len() * 2];
+            let pairs = out.as_chunks_mut().0.iter_mut().zip(rows);
+            pairs.for_each(|(bytes, value)| *bytes = bf16::from_f32(*value).to_le_bytes());
             (out.into(), Bytes::new())
         }
         Encoding::Fp8Block128 => encode_fp8(rows, hidden),
@@ -117,11 +119,25 @@ pub fn decode(encoding: Encoding, values: &[u8], scales: &[u8], rows: usize, hid
     })
 }
 
+/// Whether every value is a number. Compares bit patterns, which the compiler makes vectors of.
+pub fn all_finite(rows: &[f32]) -> bool {
+    const INFINITE: u32 = f32::INFINITY.to_bits();
+    rows.iter().fold(0, |greatest, value| greatest.max(value.to_bits() & !(1 << 31))) < INFINITE
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_is_no_number_is_found() {
+        assert!(all_finite(&[]) && all_finite(&[0.0, -1.5, f32::MAX, f32::MIN]));
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
+            assert!(!all_finite(&[1.0, bad, 2.0]), "{bad}");
+        }
+    }
 
     proptest! {
         #[test]

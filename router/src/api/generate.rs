@@ -29,10 +29,7 @@ impl Service {
         let (request, text, prompt_text, resumed_stop) = self
             .on_text_thread(deadline, move |model, bounds| {
                 let encode = |input| match input {
-                    Input::Tokens(tokens) => {
-                        validate::check_ids("tokens.ids", &tokens.ids, bounds.vocab_size)?;
-                        Ok(tokens.ids)
-                    }
+                    Input::Tokens(tokens) => Ok(tokens.ids),
                     Input::Prompt(text) => tokenize::prompt(model, bounds, "prompt", &text),
                     Input::Chat(chat) => tokenize::chat(model, bounds, chat),
                 };

@@ -115,6 +115,7 @@ pub(super) fn accept(
         Input::Chat(_) => "chat",
     };
     let prompt = encode(input)?;
+    check_ids(field, &prompt, bounds.vocab_size)?;
     if prompt.is_empty() {
         return Err(Failure::invalid(field, "must be at least one token long"));
     }

@@ -117,7 +117,7 @@ pub(super) fn from_message(outcome: pb::combine_batch::Outcome, rows: usize, hid
                 other => return Err(format!("rows came back as {}", other.as_str_name())),
             };
             let rows = wire::decode(encoding, &returned.rows, &[], rows, hidden).map_err(|error| error.to_string())?;
-            if rows.iter().all(|value| value.is_finite()) {
+            if wire::all_finite(&rows) {
                 Ok(Reply::Rows(rows))
             } else {
                 Err("rows came back with values that are no numbers".to_owned())

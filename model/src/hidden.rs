@@ -1,0 +1,44 @@
+//! Rows of hidden values: the residual stream, and what experts see and return.
+//!
+//! In: f32 values, or tensors of this crate. Out: the same. Never here: what the rows mean.
+
+use tch::{Kind, Tensor};
+
+use crate::device::Compute;
+
+/// Rows `[T, D]` in the format that the model computes in.
+#[derive(Debug)]
+pub struct Hidden(pub(crate) Tensor);
+
+impl Hidden {
+    /// f32 values `[n, hidden]` as rows for `compute`. Panics where `values` is no whole number of rows.
+    pub fn from_rows(values: &[f32], hidden: usize, compute: Compute) -> Self {
+        assert_eq!(values.len() % hidden, 0, "rows of {hidden}");
+        let rows = Tensor::from_slice(values).view([-1, hidden as i64]);
+        Self(rows.to_device(compute.torch_device()).to_kind(compute.kind()))
+    }
+
+    /// f32 values in the shape, format and place of `other`.
+    pub(crate) fn like(other: &Self, values: &[f32]) -> Self {
+        let rows = Tensor::from_slice(values).view(other.0.size().as_slice());
+        Self(rows.to_device(other.0.device()).to_kind(other.0.kind()))
+    }
+
+    /// T.
+    pub fn rows(&self) -> usize {
+        self.0.size()[0] as usize
+    }
+
+    /// The values as f32 `[T, D]`.
+    pub fn to_rows(&self) -> Vec<f32> {
+        let rows = self.0.to_device(tch::Device::Cpu).to_kind(Kind::Float).contiguous();
+        let mut values = vec![0.0; rows.numel()];
+        rows.copy_data(&mut values, rows.numel());
+        values
+    }
+
+    /// The rows at `indices`, in that order.
+    pub(crate) fn select(&self, indices: &[i64]) -> Self {
+        Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))
+    }
+}

@@ -12,7 +12,7 @@ unexport RUSTFLAGS CARGO_ENCODED_RUSTFLAGS
 
 PYTHON := .deps/python/bin/python
 BENCH_PYTHON := .deps/bench/bin/python
-MODEL := models/smollm2/build
+MODEL := models/smollm2/build/smollm2-moe
 # Scripts that bash runs.
 SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-model=models/smollm2/build
+model=models/smollm2/build/smollm2-moe
 question='What is the capital of France?'
 # The binaries find libtorch from where they stand, two folders below the checkout.
 export CARGO_TARGET_DIR=$PWD/target
@@ -89,7 +89,7 @@ cargo build --workspace --bins --locked
 
 store=embedded
 # An installation that failed before is not tried again.
-if command -v etcd >/dev/null || { [ ! -e .deps/etcd-install.log ] && deploy/setup.sh etcd; }; then
+if command -v etcd >/dev/null || { [ ! -e .deps/etcd-install.log ] && deploy/setup.sh etcd 2>/dev/null; }; then
   start_etcd
   store=etcd=$etcd_url
 else

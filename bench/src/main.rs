@@ -42,7 +42,7 @@ enum What {
 #[derive(Debug, Args)]
 struct DecodeArgs {
     /// Checkpoint folder.
-    #[arg(long, value_name = "DIR", default_value = "models/smollm2/build")]
+    #[arg(long, value_name = "DIR", default_value = "models/smollm2/build/smollm2-moe")]
     model: PathBuf,
 }
 

@@ -13,7 +13,7 @@ use crate::terminal::{self, Output};
 /// Family, sizes, experts, and bytes per worker.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  conclave checkpoint inspect models/smollm2/checkpoint
+  conclave checkpoint inspect models/smollm2/build/smollm2-moe
   conclave checkpoint inspect DIR --workers 16 --json")]
 pub(crate) struct Args {
     /// The checkpoint folder.

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use conclave_model::checkpoint::Checkpoint;
 use conclave_model::device::{self, Compute, Dtype};
-use conclave_placement::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, WorkerId};
+use conclave_placement::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
 use conclave_placement::state::{ModelIdentity, Residency, WorkerRecord, WorkerState};
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Router;
 
-use crate::config::{Config, default_id};
+use crate::config::Config;
 use crate::executor::Executor;
 use crate::loader::{self, Loader, Reconciler};
 use crate::metrics::Metrics;
@@ -87,7 +87,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     let probes = Probes::serve(listen::bind(&config.admin_listen)?, service::NAME).await;
     let id = match &config.id {
         Some(id) => id.clone(),
-        None => WorkerId::parse(&default_id(&listen::host(), listener.local_addr.port()))?,
+        None => WorkerId::parse(&default_name("worker", &listen::host(), listener.local_addr.port()))?,
     };
     let prepared = tokio::select! {
         prepared = prepare(config, &probes) => prepared?,

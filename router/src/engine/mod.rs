@@ -46,7 +46,7 @@ impl Engine {
         loop {
             self.admit(&mut queue, &mut sequences);
             sequences.retain_mut(|sequence| !sequence.is_over());
-            if let Some(grants) = self.scheduler.next(&candidates(&sequences)) {
+            if let Some(grants) = self.scheduler.next(&candidates(&sequences, self.scheduler.limits.sequences)) {
                 self.step(&mut sequences, &grants).await;
                 // Other tasks of this thread get their turn even when every exchange was answered at once.
                 tokio::task::yield_now().await;
@@ -111,24 +111,39 @@ impl Engine {
             }
             Err(error) => {
                 warn!(%error, sequences = batch.len(), "step failed");
-                let exchange::Error::Deadline { waiting_for, .. } = &error;
+                // Which sequence of several is at fault only computing each alone can tell.
+                let alone = batch.len() == 1;
                 for (sequence, _) in &mut batch {
                     sequence.rewind();
-                    sequence.fail(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER));
+                    match &error {
+                        exchange::Error::Deadline { waiting_for, .. } => {
+                            sequence.fail(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER));
+                        }
+                        _ if alone => sequence.fail(Failure::internal(error.to_string())),
+                        _ => sequence.isolate(),
+                    }
                 }
             }
         }
     }
 }
 
-fn candidates(sequences: &[Running]) -> Vec<Candidate> {
-    let ready = sequences.iter().enumerate().filter(|(_, sequence)| sequence.reader_keeps_up());
-    ready
-        .map(|(index, sequence)| Candidate {
-            index,
-            pending: sequence.pending(),
-            decoding: sequence.is_decoding(),
-            priority: sequence.priority(),
-        })
-        .collect()
+/// Sequences that could take part in the next step. No more than `most` have a cache at a time; and one that a step failed
+/// with is computed alone.
+fn candidates(sequences: &[Running], most: usize) -> Vec<Candidate> {
+    let ready = || sequences.iter().enumerate().filter(|(_, sequence)| sequence.reader_keeps_up());
+    let candidate = |(index, sequence): (usize, &Running)| Candidate {
+        index,
+        pending: sequence.pending(),
+        decoding: sequence.is_decoding(),
+        priority: sequence.priority(),
+    };
+    if let Some(alone) = ready().find(|(_, sequence)| sequence.is_isolated()) {
+        return vec![candidate(alone)];
+    }
+    let started = sequences.iter().filter(|sequence| sequence.has_started()).count();
+    let mut newcomers: Vec<_> = ready().filter(|(_, sequence)| !sequence.has_started()).collect();
+    newcomers.sort_by_key(|(_, sequence)| std::cmp::Reverse(sequence.priority()));
+    newcomers.truncate(most.saturating_sub(started));
+    ready().filter(|(_, sequence)| sequence.has_started()).chain(newcomers).map(candidate).collect()
 }

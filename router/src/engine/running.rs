@@ -6,6 +6,7 @@
 use conclave_model::{
     cache::SequenceCache,
     sampler::{self, Context, Logprobs},
+    wire,
 };
 use conclave_proto::status::Failure;
 use tokio::time::Instant;
@@ -39,6 +40,7 @@ pub(super) struct Running {
     first_step: Option<Instant>,
     first_token: Option<Instant>,
     last_token: Option<Instant>,
+    isolated: bool,
     over: bool,
 }
 
@@ -56,6 +58,7 @@ impl Running {
             first_step: None,
             first_token: None,
             last_token: None,
+            isolated: false,
             over: false,
         }
     }
@@ -105,6 +108,20 @@ impl Running {
         self.request.logprobs.prompt && self.computed < self.request.prompt.len()
     }
 
+    /// Whether rows of it are, or were, in the cache.
+    pub(super) fn has_started(&self) -> bool {
+        self.first_step.is_some()
+    }
+
+    /// A step with this sequence in it failed, and it may be the reason: its next step is its own.
+    pub(super) fn isolate(&mut self) {
+        self.isolated = true;
+    }
+
+    pub(super) fn is_isolated(&self) -> bool {
+        self.isolated
+    }
+
     /// Forgets rows of a step that did not finish.
     pub(super) fn rewind(&mut self) {
         self.cache.truncate(self.computed);
@@ -118,6 +135,10 @@ impl Running {
 
     /// `count` more rows are computed; draws a token once none is pending.
     pub(super) fn advance(&mut self, count: usize, logits: &StepLogits) {
+        self.isolated = false;
+        if !wire::all_finite(&logits.values) {
+            return self.fail(Failure::internal("the model's logits are no numbers"));
+        }
         let first = self.computed;
         if self.wants_all_logits() {
             self.note_prompt_logprobs(first, count, logits);

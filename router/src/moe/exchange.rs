@@ -11,6 +11,7 @@ use conclave_model::{
     wire::{self, Encoding},
 };
 use conclave_placement::ids::WorkerId;
+use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 use futures::{StreamExt, stream::FuturesUnordered};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep_until};
@@ -18,7 +19,7 @@ use tracing::debug;
 
 use super::{
     combine,
-    plan::{self, Assignment, Part},
+    plan::{self, Assignment, Most, Part},
 };
 use crate::{
     stall::Stall,
@@ -68,6 +69,20 @@ pub enum Error {
         /// What it waited for.
         waiting_for: String,
     },
+    /// Rows that are no numbers must not leave: every worker's answer would be none either, and all would be distrusted.
+    #[error("layer {layer} was reached with values that are no numbers")]
+    NotFinite {
+        /// Where the step stood.
+        layer: u32,
+    },
+    /// A worker calls the batch itself wrong; no other would think better of it.
+    #[error("layer {layer}: {message}")]
+    Invalid {
+        /// Where the step stood.
+        layer: u32,
+        /// As the worker put it.
+        message: String,
+    },
 }
 
 /// Everything one layer's exchange has in hand.
@@ -82,6 +97,7 @@ struct Round<'a> {
     /// Workers that did not compute what they were sent, and until when they are passed over.
     passed_over: Vec<(WorkerId, Instant)>,
     last_failure: Option<String>,
+    invalid: Option<String>,
     /// Rows by slot, or complete parts, as they come back.
     slots: Vec<f32>,
     partials: Vec<(Vec<u32>, u32, Vec<f32>)>,
@@ -103,6 +119,9 @@ impl Exchange {
         routing: &Routing,
         deadline: Instant,
     ) -> Result<Vec<f32>, Error> {
+        if !wire::all_finite(rows) {
+            return Err(Error::NotFinite { layer });
+        }
         let per_row = routing.experts_per_row;
         let todo = (0u32..)
             .zip(&routing.expert_ids)
@@ -121,12 +140,27 @@ impl Exchange {
             todo,
             passed_over: Vec::new(),
             last_failure: None,
+            invalid: None,
             slots,
             partials: Vec::new(),
         };
         // What a failed step waited for stays told, for requests whose deadline passes at the same moment; the next step
         // that can be planned clears it.
         round.run().await
+    }
+}
+
+impl Exchange {
+    /// What fits into one message and its answer, with room for ids and weights.
+    fn most(&self) -> Most {
+        let room = MAX_INTERNAL_MESSAGE / 2;
+        let out = self.encoding.row_bytes(self.hidden) + self.encoding.scale_bytes(self.hidden);
+        // Answers are at most f32.
+        let back = Encoding::F32.row_bytes(self.hidden);
+        match self.mode {
+            Mode::PerAssignment => Most { rows: (room / out).max(1), assignments: (room / back).max(1) },
+            Mode::PartialSum => Most { rows: (room / back.max(out)).max(1), assignments: room / 16 },
+        }
     }
 }
 
@@ -145,7 +179,12 @@ impl Round<'_> {
             let waits = !self.todo.is_empty();
             let again = self.passed_over.iter().map(|(_, until)| *until).min();
             tokio::select! {
-                Some(sent) = flying.next() => self.receive(sent),
+                Some(sent) = flying.next() => {
+                    self.receive(sent);
+                    if let Some(message) = self.invalid.take() {
+                        return Err(Error::Invalid { layer: self.layer, message });
+                    }
+                }
                 // The pool lives as long as this handle; were it gone, the deadline would end the wait.
                 Ok(()) = snapshots.changed(), if waits => {}
                 () = sleep_until(again.unwrap_or(self.deadline)), if waits && again.is_some() => {}
@@ -164,7 +203,8 @@ impl Round<'_> {
         let passed_over = |reach: &Reach| self.passed_over.iter().any(|(worker, _)| *worker == reach.id);
         let excluded: Vec<u32> =
             (0u32..).zip(&snapshot.workers).filter(|(_, reach)| passed_over(reach)).map(|(index, _)| index).collect();
-        match plan::plan(&self.todo, |expert| snapshot.holders(self.layer, expert), &excluded) {
+        let most = self.exchange.most();
+        match plan::plan(&self.todo, |expert| snapshot.holders(self.layer, expert), &excluded, most) {
             Ok(parts) => {
                 self.todo.clear();
                 self.exchange.stall.clear();
@@ -238,6 +278,7 @@ impl Round<'_> {
                     self.partials.push((part.rows, first, rows));
                 }
             },
+            Reply::Refused(Refusal::Invalid(message)) => self.invalid = Some(format!("worker {worker}: {message}")),
             Reply::Refused(refusal) => {
                 let pause = match &refusal {
                     Refusal::Busy(after) => (*after).clamp(BUSY_PAUSE.0, BUSY_PAUSE.1),

@@ -16,7 +16,16 @@ pub struct Assignment {
     pub expert: u16,
 }
 
-/// What one worker gets. Assignments are in slot order; each of its rows is listed once.
+/// What one message may hold, so that neither it nor its answer outgrows what the wire takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Most {
+    /// Rows sent.
+    pub rows: usize,
+    /// Assignments, where each sends a row back.
+    pub assignments: usize,
+}
+
+/// What one worker gets in one message. Assignments are in slot order; each of its rows is listed once.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Part {
     /// Index into the snapshot's workers.
@@ -44,6 +53,7 @@ pub fn plan<'a>(
     assignments: &[Assignment],
     holders: impl Fn(u16) -> &'a [u32],
     excluded: &[u32],
+    most: Most,
 ) -> Result<Vec<Part>, NoHolder> {
     let mut rows_of: BTreeMap<u16, u32> = BTreeMap::new();
     for assignment in assignments {
@@ -62,22 +72,36 @@ pub fn plan<'a>(
         chosen.insert(expert, worker);
     }
 
-    let mut parts: BTreeMap<u32, Part> = BTreeMap::new();
+    let mut parts: BTreeMap<u32, Vec<Part>> = BTreeMap::new();
     for assignment in assignments {
         let worker = chosen[&assignment.expert];
-        let part = parts.entry(worker).or_insert_with(|| Part {
-            worker,
-            rows: Vec::new(),
-            assignments: Vec::new(),
-            row_ids: Vec::new(),
-        });
-        if part.rows.last() != Some(&assignment.row) {
-            part.rows.push(assignment.row);
+        let parts = parts.entry(worker).or_default();
+        let fits = |part: &&mut Part| part.takes(assignment.row, most);
+        match parts.last_mut().filter(fits) {
+            Some(part) => part.add(*assignment),
+            None => {
+                let mut part = Part { worker, rows: Vec::new(), assignments: Vec::new(), row_ids: Vec::new() };
+                part.add(*assignment);
+                parts.push(part);
+            }
         }
-        part.row_ids.push(part.rows.len() as u32 - 1);
-        part.assignments.push(*assignment);
     }
-    Ok(parts.into_values().collect())
+    Ok(parts.into_values().flatten().collect())
+}
+
+impl Part {
+    fn takes(&self, row: u32, most: Most) -> bool {
+        let rows = self.rows.len() + usize::from(self.rows.last() != Some(&row));
+        rows <= most.rows && self.assignments.len() < most.assignments
+    }
+
+    fn add(&mut self, assignment: Assignment) {
+        if self.rows.last() != Some(&assignment.row) {
+            self.rows.push(assignment.row);
+        }
+        self.row_ids.push(self.rows.len() as u32 - 1);
+        self.assignments.push(assignment);
+    }
 }
 
 #[cfg(test)]
@@ -92,18 +116,22 @@ mod tests {
             routing in prop::collection::vec(prop::collection::btree_set(0u16..12, 3), 1..20),
             holders in prop::collection::vec(prop::collection::btree_set(0u32..5, 0..4), 12),
             excluded in prop::collection::vec(0u32..5, 0..2),
+            rows in 1usize..8,
+            most_assignments in 1usize..20,
         ) {
+            let most = Most { rows, assignments: most_assignments };
             let assignments: Vec<Assignment> = routing.iter().flatten().enumerate()
                 .map(|(slot, &expert)| Assignment { slot: slot as u32, row: slot as u32 / 3, expert })
                 .collect();
             let holders: Vec<Vec<u32>> = holders.into_iter().map(|set| set.into_iter().collect()).collect();
             let able = |expert: u16| holders[expert as usize].iter().any(|worker| !excluded.contains(worker));
-            match plan(&assignments, |expert| &holders[expert as usize], &excluded) {
+            match plan(&assignments, |expert| &holders[expert as usize], &excluded, most) {
                 Err(NoHolder { expert }) => prop_assert!(!able(expert)),
                 Ok(parts) => {
                     let mut slots: Vec<u32> = Vec::new();
                     for part in &parts {
                         prop_assert!(!excluded.contains(&part.worker));
+                        prop_assert!(part.rows.len() <= most.rows && part.assignments.len() <= most.assignments);
                         prop_assert!(part.rows.windows(2).all(|pair| pair[0] < pair[1]), "each row once");
                         for (assignment, &row) in part.assignments.iter().zip(&part.row_ids) {
                             prop_assert_eq!(part.rows[row as usize], assignment.row);
@@ -113,7 +141,7 @@ mod tests {
                     }
                     slots.sort_unstable();
                     prop_assert_eq!(slots, (0..assignments.len() as u32).collect::<Vec<_>>());
-                    prop_assert!(parts.windows(2).all(|pair| pair[0].worker < pair[1].worker));
+                    prop_assert!(parts.windows(2).all(|pair| pair[0].worker <= pair[1].worker));
                 }
             }
         }
@@ -123,7 +151,8 @@ mod tests {
     fn replicas_share_the_rows() {
         let assignments: Vec<Assignment> =
             (0..8).map(|slot| Assignment { slot, row: slot, expert: slot as u16 % 4 }).collect();
-        let parts = plan(&assignments, |_| &[0, 1], &[]).expect("held");
+        let most = Most { rows: 100, assignments: 100 };
+        let parts = plan(&assignments, |_| &[0, 1], &[], most).expect("held");
         assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 4]);
     }
 }

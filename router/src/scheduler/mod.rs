@@ -1,6 +1,6 @@
 //! Which sequences take part in the next step, and how requests get in.
 //!
-//! In: valid requests, through a bounded queue. Out: a [`Batch`] for each step, under the token budget.
+//! In: valid requests, through a bounded queue. Out: [`Grant`]s for each step, under the token budget.
 //! Never here: tensors, the network, waiting. The engine asks when it is ready.
 
 pub mod policy;

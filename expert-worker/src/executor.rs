@@ -38,7 +38,8 @@ impl Executor {
             init_thread(threads);
             Ok(Experts::new())
         };
-        let thread = TensorThread::spawn("experts", queue, init).await?;
+        // One place more than turns need: an expert that is being installed must not keep a batch from its turn.
+        let thread = TensorThread::spawn("experts", queue + 1, init).await?;
         Ok(Self { thread, waiting: Arc::new(Mutex::new(Batcher::new(queue))), metrics })
     }
 

@@ -122,6 +122,9 @@ pub fn init_thread(threads: usize) {
     std::mem::forget(tch::no_grad_guard());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
+    // libtorch sets a thread's count lazily to whatever any thread of the process last asked for. Asking first makes that
+    // happen now, so that what is set here stays.
+    tch::get_num_threads();
     tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
 }
 
@@ -209,6 +212,24 @@ impl From<Device> for String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_keeps_its_own_count_whatever_others_ask_for() {
+        let (ready, wait) = std::sync::mpsc::sync_channel(0);
+        let (go, may_go) = std::sync::mpsc::sync_channel::<()>(0);
+        let first = std::thread::spawn(move || {
+            init_thread(2);
+            ready.send(()).expect("the test waits");
+            may_go.recv().expect("the test goes on");
+            // The first parallel loop is where libtorch would take the other's count.
+            let _ = tch::Tensor::ones([512, 512], (tch::Kind::Float, tch::Device::Cpu)).exp();
+            tch::get_num_threads()
+        });
+        wait.recv().expect("the thread is ready");
+        std::thread::spawn(|| init_thread(1)).join().expect("no panic");
+        go.send(()).expect("the thread waits");
+        assert_eq!(first.join().expect("no panic"), 2);
+    }
 
     #[test]
     fn names_round_trip_and_others_are_refused() {

@@ -22,6 +22,9 @@ use crate::{
 /// form's scores take N+R multiplications where the absorbed form's take C+R.
 const NAIVE_FROM_ROWS: i64 = 32;
 
+/// Scores that one product may make: the memory of a long prompt is bounded by its chunk, not by its square.
+const MOST_SCORES: i64 = 1 << 25;
+
 /// A run of rows that belong to one sequence and follow what its cache holds.
 #[derive(Debug)]
 pub struct Segment<'a> {
@@ -170,12 +173,16 @@ impl Mla {
             return Tensor::cat(&(0..rows).map(each).collect::<Vec<_>>(), 0);
         }
         let keys = cache.view(before + rows);
-        if rows < NAIVE_FROM_ROWS { self.absorbed(q_nope, q_pe, &keys) } else { self.naive(q_nope, q_pe, &keys) }
+        if rows < NAIVE_FROM_ROWS {
+            self.absorbed(q_nope, q_pe, &keys)
+        } else {
+            self.naive(q_nope, q_pe, &keys, MOST_SCORES)
+        }
     }
 
     /// The specification: builds every head's keys `[W_UK c | k_pe]` and values `W_UV c`.
-    /// `[T, H, N]`, `[T, H, R]`, `[S, C+R]` to `[T, H, V]`.
-    fn naive(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor) -> Tensor {
+    /// `[T, H, N]`, `[T, H, R]`, `[S, C+R]` to `[T, H, V]`, no more than `most_scores` scores at a time.
+    fn naive(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor, most_scores: i64) -> Tensor {
         let context = keys.size()[0];
         let latent = keys.narrow(1, 0, self.latent).unsqueeze(0); // [1, S, C]
         let k_pe = keys.narrow(1, self.latent, self.rope).unsqueeze(0); // [1, S, R]
@@ -183,8 +190,15 @@ impl Mla {
         let k = Tensor::cat(&[k_nope, k_pe.expand([self.heads, context, self.rope], false)], 2);
         let v = latent.matmul(&self.value_up.transpose(1, 2)); // [H, S, V]
         let q = Tensor::cat(&[q_nope, q_pe], 2).transpose(0, 1); // [H, T, N+R]
-        let scores = q.matmul(&k.transpose(1, 2)); // [H, T, S]
-        self.probabilities(scores).matmul(&v).transpose(0, 1).contiguous()
+        let (rows, k) = (q.size()[1], k.transpose(1, 2));
+        let some = (most_scores / (self.heads * context)).clamp(1, rows);
+        let part = |start: i64| {
+            let here = some.min(rows - start);
+            let seen = context - (rows - start - here);
+            let scores = q.narrow(1, start, here).matmul(&k.narrow(2, 0, seen)); // [H, here, seen]
+            self.probabilities(scores).matmul(&v.narrow(1, 0, seen)).transpose(0, 1)
+        };
+        Tensor::cat(&(0..rows).step_by(some as usize).map(part).collect::<Vec<_>>(), 0)
     }
 
     /// The same on the latent itself: `q' = W_UK^T q_nope`, one key `[C | R]` for all heads, `W_UV` after the sum.
@@ -203,10 +217,11 @@ impl Mla {
     fn probabilities(&self, scores: Tensor) -> Tensor {
         let (kind, size) = (scores.kind(), scores.size());
         let (rows, context) = (size[1], size[2]);
-        let mut scores = scores.to_kind(Kind::Float) * self.scale;
+        let mut scores = scores.to_kind(Kind::Float);
+        let _ = scores.g_mul_scalar_(self.scale);
         if rows > 1 {
             let future = Tensor::ones([rows, context], (Kind::Bool, scores.device())).triu(context - rows + 1);
-            scores = scores.masked_fill(&future, f64::NEG_INFINITY);
+            let _ = scores.masked_fill_(&future, f64::NEG_INFINITY);
         }
         scores.softmax(-1, Kind::Float).to_kind(kind)
     }
@@ -249,9 +264,12 @@ mod tests {
             let q_nope = random(&[rows, mla.heads, mla.nope]);
             let q_pe = random(&[rows, mla.heads, mla.rope]);
             let keys = random(&[context, mla.latent + mla.rope]);
-            let (naive, absorbed) = (mla.naive(&q_nope, &q_pe, &keys), mla.absorbed(&q_nope, &q_pe, &keys));
-            let worst = (naive - absorbed).abs().max().double_value(&[]);
-            assert!(worst < 1e-5, "{rows} rows over {context}: {worst}");
+            let absorbed = mla.absorbed(&q_nope, &q_pe, &keys);
+            for most_scores in [1, 7 * mla.heads * context, MOST_SCORES] {
+                let naive = mla.naive(&q_nope, &q_pe, &keys, most_scores);
+                let worst = (naive - &absorbed).abs().max().double_value(&[]);
+                assert!(worst < 1e-5, "{rows} rows over {context}, {most_scores} scores at a time: {worst}");
+            }
         }
     }
 }

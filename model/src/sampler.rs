@@ -141,18 +141,45 @@ fn filter(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
         candidates.truncate(keep);
     }
     if params.top_p < 1.0 {
-        candidates.sort_unstable_by(by_mass);
-        let total: f64 = candidates.iter().map(|&(_, mass)| mass).sum();
-        let mut reached = 0.0;
-        let enough = candidates.iter().position(|&(_, mass)| {
-            reached += mass;
-            reached >= f64::from(params.top_p) * total
-        });
-        candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+        candidates = nucleus(candidates, f64::from(params.top_p), by_mass);
     } else if keep > 0 {
         candidates.sort_unstable_by(by_mass);
     }
     candidates
+}
+
+/// The fewest candidates, most probable first, that together have `share` of the mass. A vocabulary's nucleus is small, so
+/// only as many as are needed are sorted: a few at first, then ever more.
+fn nucleus(
+    mut candidates: Vec<(u32, f64)>,
+    share: f64,
+    by_mass: impl Fn(&(u32, f64), &(u32, f64)) -> std::cmp::Ordering + Copy,
+) -> Vec<(u32, f64)> {
+    let wanted = share * candidates.iter().map(|&(_, mass)| mass).sum::<f64>();
+    let mut sorted = 64;
+    loop {
+        let all = sorted >= candidates.len();
+        if all {
+            candidates.sort_unstable_by(by_mass);
+        } else {
+            candidates.select_nth_unstable_by(sorted, by_mass);
+            candidates[..sorted].sort_unstable_by(by_mass);
+        }
+        let mut reached = 0.0;
+        let enough = candidates.iter().take(sorted).position(|&(_, mass)| {
+            reached += mass;
+            reached >= wanted
+        });
+        match enough {
+            Some(last) => candidates.truncate(last + 1),
+            None if all => {}
+            None => {
+                sorted *= 8;
+                continue;
+            }
+        }
+        return candidates;
+    }
 }
 
 /// A number in [0, 1) that (seed, position) alone decide: SplitMix64's finaliser (Steele, Lea, Flood 2014) over both,
@@ -191,12 +218,12 @@ impl<'a> Logprobs<'a> {
 
     /// The `n` most probable tokens, most probable first.
     pub fn top(&self, n: usize) -> Vec<(u32, f32)> {
-        let mut order: Vec<u32> = (0..self.logits.len() as u32).collect();
-        let value = |token: &u32| self.logits[*token as usize];
-        let by_logit = |a: &u32, b: &u32| value(b).total_cmp(&value(a)).then(a.cmp(b));
         if n == 0 {
             return Vec::new();
         }
+        let mut order: Vec<u32> = (0..self.logits.len() as u32).collect();
+        let value = |token: &u32| self.logits[*token as usize];
+        let by_logit = |a: &u32, b: &u32| value(b).total_cmp(&value(a)).then(a.cmp(b));
         if n < order.len() {
             order.select_nth_unstable_by(n, by_logit);
             order.truncate(n);

@@ -1,5 +1,5 @@
-//! DeepSeek's own tokenizers, 128 thousand tokens each, against what `transformers` does with the same files
-//! (`files/generate.py` wrote `files/deepseek.json`). `deploy/setup.sh python` brings them; without them the tests fail.
+//! DeepSeek's own tokenizers, 128 thousand tokens each, against what `transformers` does with the same files: that is in
+//! `files/deepseek.json`, by `files/generate.py`. `deploy/setup.sh python` brings them; without them these tests fail.
 
 // Helpers outside of a test function are not seen as tests.
 #![allow(clippy::unwrap_used)]
@@ -111,7 +111,10 @@ proptest! {
     }
 
     #[test]
-    fn any_ids_stream_to_what_they_decode_to(ids in prop::collection::vec(0u32..130_000, 0..60), which in 0..NAMES.len()) {
+    fn any_ids_stream_to_what_they_decode_to(
+        ids in prop::collection::vec(0u32..130_000, 0..60),
+        which in 0..NAMES.len(),
+    ) {
         let tokenizer = &TOKENIZERS[which];
         let mut decoder = tokenizer.incremental(&[], true);
         let streamed: String = ids.iter().map(|&id| decoder.push(id).unwrap()).collect();

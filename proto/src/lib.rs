@@ -14,6 +14,10 @@ pub mod inference {
 
 /// `conclave.expert.v1`: a router to expert workers.
 pub mod expert {
+    /// Metadata of an `Exchange` call: the incarnation of the worker that the router means, in decimal. Another worker that
+    /// has come to listen at the same address refuses with FAILED_PRECONDITION.
+    pub const INCARNATION_METADATA: &str = "conclave-incarnation";
+
     /// Version 1.
     pub mod v1 {
         #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]

@@ -4,7 +4,7 @@
 //! End: not ready, what is in flight done, the record out of the store, the engine stopped.
 //! Never here: a decision about requests, batches or experts.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use conclave_model::{
     checkpoint::{self, Checkpoint},
@@ -49,6 +49,10 @@ use crate::{
 
 /// The service this process is there for.
 const SERVICE: &str = "conclave.inference.v1.Inference";
+/// How long the engine may take to notice that it shall stop: it looks between two products.
+const ENGINE_GRACE: Duration = Duration::from_secs(5);
+/// How long a registration that is under way may hold up a process that was told to end.
+const JOIN_GRACE: Duration = Duration::from_secs(2);
 
 /// Why a router could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -116,7 +120,11 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Router
         prepared = prepare(config, &probes) => prepared?,
         () = draining.cancelled() => return Ok(None),
     };
-    Ok(Some(serve(config, shutdown, listener, probes, prepared).await?))
+    // Not dropped half-way at once: a record that is already written would outlive the process by its lease.
+    tokio::select! {
+        router = serve(config, shutdown, listener, probes, prepared) => router.map(Some),
+        () = shutdown.grace(JOIN_GRACE) => Ok(None),
+    }
 }
 
 /// What stands before the cluster hears of this router.
@@ -282,6 +290,9 @@ impl Router {
             }),
         };
         self.probes.set(false).await;
+        // Those who look routers up stop choosing this one before its port closes.
+        self.election.resign().await;
+        self.registration.leave().await;
         self.closing.cancel();
         if result.is_ok() {
             // Waits for the streams in flight, at most for the grace.
@@ -291,13 +302,13 @@ impl Router {
                 Err(error) => tracing::error!(%error, "the public listener panicked while closing"),
             }
         }
-        self.election.resign().await;
-        self.registration.leave().await;
         self.end.cancel();
-        if result.is_ok()
-            && let Err(error) = self.engine.await
-        {
-            tracing::error!(%error, "the engine did not stop cleanly");
+        if result.is_ok() {
+            match tokio::time::timeout(ENGINE_GRACE, self.engine).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "the engine did not stop cleanly"),
+                Err(_) => tracing::warn!("the engine is still in a product; the process ends around it"),
+            }
         }
         info!("left the cluster");
         result

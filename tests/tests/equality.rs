@@ -16,33 +16,37 @@ use conclave_tests::{
 };
 
 const DRAWN: u32 = 40;
+/// By checkpoint, the numbers of workers it is served with.
+const CLUSTERS: [(&str, &[usize]); 3] = [("v3", &[1, 2, 3, 5]), ("v2_lite", &[3]), ("v3_fp8", &[3])];
 /// A bf16 row has 8 bits of precision; through the few layers of a golden model its logprobs stay this close.
 const BF16_TOLERANCE: f32 = 0.5;
 
 #[tokio::test]
 async fn any_number_of_workers_and_either_combine_mode_give_the_single_process_s_tokens() {
-    let golden = Golden::named("v3");
-    let prompts: Vec<Vec<u32>> = golden.cases.iter().map(|case| case.prompt.clone()).collect();
-    let alone = answers_of_one_process(golden.folder.clone(), prompts.clone()).await;
-
     let etcd = EtcdProcess::start().await;
-    for workers in [1, 2, 3, 5] {
-        let cluster = Cluster::builder(&golden.folder)
-            .store(&etcd.spec())
-            .workers(workers)
-            .router(&["--combine=per-assignment"])
-            .router(&["--combine=partial-sum"])
-            .start()
-            .await;
-        for (router, mode) in ["per assignment", "partial sums"].iter().enumerate() {
-            let client = cluster.client(router).await;
-            for (prompt, expected) in prompts.iter().zip(&alone) {
-                let answer = client.generate(prompt, DRAWN).await;
-                assert_eq!(&answer.ids(), expected, "{workers} workers, {mode}");
+    for (name, numbers) in CLUSTERS {
+        let golden = Golden::named(name);
+        let prompts: Vec<Vec<u32>> = golden.cases.iter().map(|case| case.prompt.clone()).collect();
+        let alone = answers_of_one_process(golden.folder.clone(), prompts.clone()).await;
+        for &workers in numbers {
+            let cluster = Cluster::builder(&golden.folder)
+                .store(&etcd.spec())
+                .workers(workers)
+                .router(&["--combine=per-assignment"])
+                .router(&["--combine=partial-sum"])
+                .start()
+                .await;
+            for (router, mode) in ["per assignment", "partial sums"].iter().enumerate() {
+                let client = cluster.client(router).await;
+                for (prompt, expected) in prompts.iter().zip(&alone) {
+                    let answer = client.generate(prompt, DRAWN).await;
+                    assert_eq!(&answer.ids(), expected, "{name}, {workers} workers, {mode}");
+                }
             }
-        }
-        for index in 0..workers {
-            assert!(cluster.inventory(index).await.rows_total > 0, "worker {index} of {workers} had no part");
+            for index in 0..workers {
+                let rows = cluster.inventory(index).await.rows_total;
+                assert!(rows > 0, "{name}: worker {index} of {workers} had no part");
+            }
         }
     }
 }

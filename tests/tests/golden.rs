@@ -1,13 +1,32 @@
 //! Golden models: for each family's shape, a cluster of three worker processes says what `transformers` says.
 
+use std::sync::Arc;
+
+use conclave_model::{
+    cache::SequenceCache,
+    checkpoint::Checkpoint,
+    device::{Compute, init_thread},
+    transformer::{FeedForward, Segment, Transformer},
+    wire::Encoding,
+};
+use conclave_placement::view::View;
 use conclave_proto::inference::v1::Token;
+use conclave_router::{
+    moe::{Exchange, Mode},
+    workers::Workers,
+};
 use conclave_tests::{
     client::{Client, greedy, with_logprobs},
     cluster::Cluster,
     etcd::EtcdProcess,
+    eventually::PATIENCE,
     golden::{Case, Golden},
 };
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
+/// Of every logit at every position of a prompt.
+const LOGIT_TOLERANCE: f32 = 1e-4;
 /// The promise is logits within 1e-4. A logprob is one logit less a mean of all, so it may be off by twice that.
 const LOGPROB_TOLERANCE: f32 = 2e-4;
 /// As many as the contract allows: more values to compare at each position.
@@ -26,6 +45,86 @@ async fn a_cluster_of_three_workers_says_what_the_reference_says() {
             assert!(cluster.inventory(index).await.rows_total > 0, "{}: worker {index} had no part", golden.name);
         }
     }
+}
+
+/// The API gives the best logprobs only. So here the router's own pieces stand in this process, and three worker processes
+/// compute for them: nothing is between a logit and its comparison.
+#[tokio::test]
+async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
+    init_thread(1);
+    let etcd = EtcdProcess::start().await;
+    for golden in Golden::all() {
+        let cluster = Cluster::builder(&golden.folder).store(&etcd.spec()).workers(3).start().await;
+        let checkpoint = Checkpoint::open(&golden.folder).expect("a whole checkpoint");
+        let transformer = Transformer::load(&checkpoint, Compute::REFERENCE, |_| {}).expect("the router's half loads");
+        let end = CancellationToken::new();
+        let view = View::start(Arc::clone(&cluster.store), cluster.keys.clone(), end.clone()).await.expect("a view");
+        let hidden = transformer.config().hidden_size;
+        let exchange = |mode| Exchange {
+            workers: Workers::start(view.subscribe(), hidden, end.clone()),
+            mode,
+            encoding: Encoding::F32,
+            hidden,
+            patience: PATIENCE,
+            stall: Arc::default(),
+        };
+        // Whole prompts and pieces of them; both ways of combining.
+        for (mode, rows) in [(Mode::PerAssignment, usize::MAX), (Mode::PartialSum, 7)] {
+            let exchange = exchange(mode);
+            let mut worst = 0.0f32;
+            for case in &golden.cases {
+                worst = worst.max(furthest_logit(&transformer, &exchange, case, rows).await);
+            }
+            println!("{}, {mode:?}: worst logit difference {worst:e}", golden.name);
+            assert!(worst <= LOGIT_TOLERANCE, "{}, {mode:?}: a logit is off by {worst}", golden.name);
+        }
+        for index in 0..3 {
+            assert!(cluster.inventory(index).await.rows_total > 0, "{}: worker {index} had no part", golden.name);
+        }
+        end.cancel();
+    }
+}
+
+/// Computes a prompt, at most `rows` at a time, and says how far the logit is off that is furthest from the reference's.
+async fn furthest_logit(transformer: &Transformer, exchange: &Exchange, case: &Case, rows: usize) -> f32 {
+    let mut cache = SequenceCache::new(transformer.config(), transformer.compute());
+    let mut found = Vec::new();
+    for tokens in case.prompt.chunks(rows) {
+        found.extend(forward(transformer, exchange, tokens, &mut cache).await);
+    }
+    let expected = case.logits.concat();
+    assert_eq!(found.len(), expected.len(), "a logit for each token of the vocabulary at each position");
+    let off = found.iter().zip(&expected).map(|(found, expected)| (found - expected).abs());
+    // A logit that is no number is further off than any.
+    off.fold(0.0, |worst, off| if off.is_nan() { f32::INFINITY } else { worst.max(off) })
+}
+
+/// The router's forward pass for one sequence; logits of all rows.
+async fn forward(
+    transformer: &Transformer,
+    exchange: &Exchange,
+    tokens: &[u32],
+    cache: &mut SequenceCache,
+) -> Vec<f32> {
+    let start = cache.len() as i64;
+    let positions: Vec<i64> = (start..start + tokens.len() as i64).collect();
+    let positions = transformer.positions(&positions);
+    let mut x = transformer.embed(tokens);
+    for block in transformer.blocks() {
+        x = block.attend(&x, &positions, &mut [Segment { rows: tokens.len(), cache: &mut *cache }]);
+        let normed = block.normed(&x);
+        x = match block.feed_forward() {
+            FeedForward::Dense(dense) => dense.forward(&x, &normed),
+            FeedForward::Moe(moe) => {
+                let deadline = Instant::now() + PATIENCE;
+                let layer = u32::try_from(block.layer()).expect("a small model");
+                let routed = exchange.routed(layer, &normed.to_rows(), &moe.route(&normed), deadline).await;
+                let routed = routed.unwrap_or_else(|error| panic!("{error}"));
+                moe.finish(&x, &routed, moe.shared(&normed))
+            }
+        };
+    }
+    transformer.logits(&x, &(0..tokens.len()).collect::<Vec<_>>())
 }
 
 async fn says_the_same(name: &str, case: &Case, client: &Client) {

@@ -9,8 +9,10 @@ use std::time::{Duration, Instant};
 
 use conclave_model::wire::{self, Encoding};
 use conclave_placement::ids::LayerIdx;
+use conclave_proto::expert::INCARNATION_METADATA;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_proto::status::Failure;
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -78,6 +80,7 @@ impl ExpertWorker for Service {
         &self,
         request: Request<Streaming<pb::DispatchBatch>>,
     ) -> Result<Response<Self::ExchangeStream>, Status> {
+        self.0.is_meant(&request)?;
         let (answers, stream) = mpsc::channel(ANSWERS_WAITING);
         let exchange = Exchange {
             parts: Arc::clone(&self.0),
@@ -97,6 +100,16 @@ impl ExpertWorker for Service {
 }
 
 impl Parts {
+    /// A stream meant for whoever had this address before must not be answered with these weights.
+    fn is_meant<T>(&self, request: &Request<T>) -> Result<(), Failure> {
+        let Some(named) = request.metadata().get(INCARNATION_METADATA) else { return Ok(()) };
+        let here = self.registration.record().incarnation.get().to_string();
+        if named.as_bytes() == here.as_bytes() {
+            return Ok(());
+        }
+        Err(Failure::precondition("OTHER_WORKER", "this is not the worker that was meant"))
+    }
+
     fn inventory(&self) -> pb::GetInventoryResponse {
         let record = self.registration.record();
         let resident = self.resident.snapshot();

@@ -7,7 +7,7 @@ use std::io;
 use std::ops::Deref;
 use std::sync::Arc;
 
-use memmap2::{Mmap, MmapOptions};
+use memmap2::{Advice, Mmap, MmapOptions};
 use tch::{Device, Kind, Tensor};
 
 use super::safetensors::Located;
@@ -42,6 +42,9 @@ impl Weight {
                 tch::no_grad(|| Tensor::f_from_data_size(&map, &size, kind)).map_err(|error| error.to_string())?;
             return Ok(Self::owned(copy));
         }
+        // Read ahead now, beside whatever else is being loaded, rather than page by page under the first row. Advice only:
+        // a file system that does not take it reads later.
+        let _ = map.advise(Advice::WillNeed);
         let tensor = over(&map, &size, kind)?;
         Ok(Self { tensor, map: Some(Arc::new(map)) })
     }

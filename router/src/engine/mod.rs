@@ -6,10 +6,12 @@
 mod running;
 mod step;
 
-use std::time::Duration;
+use std::{panic::AssertUnwindSafe, time::Duration};
 
 use conclave_model::{cache::SequenceCache, transformer::Transformer};
 use conclave_proto::status::Failure;
+use conclave_runtime::tensor_thread::panic_message;
+use futures::FutureExt;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
@@ -40,19 +42,25 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Runs until `stop` and nothing is left to compute, or until every handle is gone.
+    /// Runs until `stop`, which fails what is not finished, or until every handle is gone.
     pub async fn run(self, mut queue: Queue, stop: CancellationToken) {
         let mut sequences: Vec<Running> = Vec::new();
         loop {
             self.admit(&mut queue, &mut sequences);
             sequences.retain_mut(|sequence| !sequence.is_over());
+            if stop.is_cancelled() {
+                let stopped = || Failure::unavailable("ROUTER_STOPPED", "this router has stopped", RETRY_AFTER);
+                sequences.iter_mut().for_each(|sequence| sequence.fail(stopped()));
+                return;
+            }
             if let Some(grants) = self.scheduler.next(&candidates(&sequences, self.scheduler.limits.sequences)) {
-                self.step(&mut sequences, &grants).await;
+                self.step(&mut sequences, &grants, &stop).await;
                 // Other tasks of this thread get their turn even when every exchange was answered at once.
                 tokio::task::yield_now().await;
             } else if !sequences.is_empty() {
                 tokio::time::sleep(READER_CHECK).await;
             } else {
+                self.exchange.stall.clear();
                 tokio::select! {
                     submission = queue.recv() => match submission {
                         Some(submission) => sequences.push(self.open(submission)),
@@ -79,7 +87,7 @@ impl Engine {
     }
 
     /// One forward pass over the granted rows, then a token for each sequence whose rows are all computed.
-    async fn step(&self, sequences: &mut [Running], grants: &[Grant]) {
+    async fn step(&self, sequences: &mut [Running], grants: &[Grant], stop: &CancellationToken) {
         let started = Instant::now();
         let mut batch: Vec<(&mut Running, usize)> = Vec::with_capacity(grants.len());
         for (index, sequence) in sequences.iter_mut().enumerate() {
@@ -96,34 +104,56 @@ impl Engine {
                 events.closed().await;
             }
         };
+        let forward = step::forward(&self.transformer, &self.exchange, &mut batch, deadline);
+        // libtorch's errors, a lack of memory among them, are panics: they end this step and not the engine.
         let passed = tokio::select! {
-            passed = step::forward(&self.transformer, &self.exchange, &mut batch, deadline) => passed,
-            () = abandoned => {
-                batch.iter_mut().for_each(|(sequence, _)| sequence.rewind());
-                return;
-            }
+            passed = AssertUnwindSafe(forward).catch_unwind() => passed,
+            () = abandoned => return rewind(&mut batch),
+            () = stop.cancelled() => return rewind(&mut batch),
         };
-        match passed {
-            Ok(logits) => {
+        let failed = match passed {
+            Ok(Ok(logits)) => {
                 for ((sequence, tokens), logits) in batch.iter_mut().zip(logits) {
                     sequence.advance(*tokens, &logits);
                 }
+                return;
             }
-            Err(error) => {
-                warn!(%error, sequences = batch.len(), "step failed");
-                // Which sequence of several is at fault only computing each alone can tell.
-                let alone = batch.len() == 1;
-                for (sequence, _) in &mut batch {
-                    sequence.rewind();
-                    match &error {
-                        exchange::Error::Deadline { waiting_for, .. } => {
-                            sequence.fail(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER));
-                        }
-                        _ if alone => sequence.fail(Failure::internal(error.to_string())),
-                        _ => sequence.isolate(),
-                    }
-                }
+            Ok(Err(exchange::Error::Deadline { waiting_for, .. })) => {
+                Failed::Waiting(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER))
             }
+            Ok(Err(error)) => Failed::Computing(error.to_string()),
+            Err(panic) => Failed::Computing(panic_message(&*panic)),
+        };
+        rewind(&mut batch);
+        fail(&mut batch, &failed);
+    }
+}
+
+/// Why a step came to nothing.
+#[derive(Debug)]
+enum Failed {
+    /// The last of its deadlines passed.
+    Waiting(Failure),
+    /// Some sequence of it cannot be computed.
+    Computing(String),
+}
+
+/// Forgets the rows of a step that did not finish.
+fn rewind(batch: &mut [(&mut Running, usize)]) {
+    batch.iter_mut().for_each(|(sequence, _)| sequence.rewind());
+}
+
+fn fail(batch: &mut [(&mut Running, usize)], failed: &Failed) {
+    let (Failed::Waiting(Failure { message: why, .. }) | Failed::Computing(why)) = failed;
+    warn!(%why, sequences = batch.len(), "step failed");
+    // Which sequence of several is at fault only computing each alone can tell.
+    let alone = batch.len() == 1;
+    for (sequence, _) in batch {
+        match failed {
+            Failed::Waiting(failure) => sequence.fail(failure.clone()),
+            // What libtorch says of its insides is for the log, not for clients.
+            Failed::Computing(_) if alone => sequence.fail(Failure::internal("this request could not be computed")),
+            Failed::Computing(_) => sequence.isolate(),
         }
     }
 }

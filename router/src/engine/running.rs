@@ -128,6 +128,9 @@ impl Running {
     }
 
     pub(super) fn fail(&mut self, failure: Failure) {
+        if self.over {
+            return;
+        }
         // Room is there or the reader is gone: a sequence without room is not computed.
         let _ = self.events.try_send(Event::Failed(failure));
         self.over = true;

@@ -119,7 +119,7 @@ impl Exchange {
         routing: &Routing,
         deadline: Instant,
     ) -> Result<Vec<f32>, Error> {
-        if !wire::all_finite(rows) {
+        if !wire::all_finite(rows) || !wire::all_finite(&routing.weights) {
             return Err(Error::NotFinite { layer });
         }
         let per_row = routing.experts_per_row;

@@ -12,8 +12,14 @@ use std::{
     time::Duration,
 };
 
-use conclave_placement::ids::WorkerId;
-use conclave_proto::expert::v1::{self as pb, expert_worker_client::ExpertWorkerClient};
+use conclave_placement::{
+    ids::{Incarnation, WorkerId},
+    state::WorkerRecord,
+};
+use conclave_proto::expert::{
+    INCARNATION_METADATA,
+    v1::{self as pb, expert_worker_client::ExpertWorkerClient},
+};
 use conclave_runtime::channel;
 use parking_lot::Mutex;
 use tokio::{
@@ -22,7 +28,7 @@ use tokio::{
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Streaming, transport::Endpoint};
+use tonic::{Request, Streaming, transport::Endpoint};
 use tracing::{debug, warn};
 
 use super::{Counters, codec};
@@ -44,6 +50,7 @@ pub struct Link(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     worker: WorkerId,
+    incarnation: Incarnation,
     hidden: usize,
     next_batch: AtomicU64,
     stream: Mutex<Stream>,
@@ -91,18 +98,18 @@ impl Drop for Forget<'_> {
 }
 
 impl Link {
-    /// Starts connecting to `address`. Each change of state sends one event.
+    /// Starts connecting to `worker`. Each change of state sends one event.
     pub(super) fn open(
-        worker: &WorkerId,
-        address: &str,
+        worker: &WorkerRecord,
         hidden: usize,
         counters: Arc<Counters>,
         events: mpsc::Sender<()>,
         stop: CancellationToken,
     ) -> Result<Self, channel::Error> {
-        let endpoint = channel::internal(address)?;
+        let endpoint = channel::internal(&worker.address)?;
         let link = Self(Arc::new(Shared {
-            worker: worker.clone(),
+            worker: worker.id.clone(),
+            incarnation: worker.incarnation,
             hidden,
             next_batch: AtomicU64::new(1),
             stream: Mutex::default(),
@@ -139,7 +146,9 @@ impl Link {
             (out, stream.cut.clone())
         };
         let _forget = Forget { link: self, batch_id };
-        let message = dispatch.to_message(batch_id, deadline.saturating_duration_since(Instant::now()));
+        // A worker that cannot be in time says so itself, a little before it would be taken for dead.
+        let left = deadline.saturating_duration_since(Instant::now()).min(patience.mul_f64(0.8));
+        let message = dispatch.to_message(batch_id, left);
         let exchange = async {
             if out.send(message).await.is_err() {
                 return self.lost("the connection broke");
@@ -170,7 +179,7 @@ impl Link {
         let (mut backoff, mut quarantine) = (BACKOFF.0, QUARANTINE.0);
         while !stop.is_cancelled() {
             let opened = tokio::select! {
-                opened = Self::connect(&endpoint) => opened,
+                opened = self.connect(&endpoint) => opened,
                 () = stop.cancelled() => break,
             };
             let pause = match opened {
@@ -207,6 +216,7 @@ impl Link {
     }
 
     async fn connect(
+        &self,
         endpoint: &Endpoint,
     ) -> Result<(mpsc::Sender<pb::DispatchBatch>, Streaming<pb::CombineBatch>), String> {
         let open = async {
@@ -215,7 +225,10 @@ impl Link {
                 .max_decoding_message_size(channel::MAX_INTERNAL_MESSAGE)
                 .max_encoding_message_size(channel::MAX_INTERNAL_MESSAGE);
             let (out, messages) = mpsc::channel(SEND_QUEUE);
-            let response = client.exchange(ReceiverStream::new(messages)).await;
+            let mut request = Request::new(ReceiverStream::new(messages));
+            // Its address may be another worker's by now, with other weights: that one will refuse.
+            request.metadata_mut().insert(INCARNATION_METADATA, self.0.incarnation.get().into());
+            let response = client.exchange(request).await;
             let inbound = response.map_err(|status| status.to_string())?.into_inner();
             Ok((out, inbound))
         };

@@ -122,7 +122,7 @@ impl Pool {
                 continue;
             }
             let (counters, token) = (self.counters.clone(), stop.child_token());
-            match Link::open(&worker.id, &worker.address, self.hidden, counters, events.clone(), token) {
+            match Link::open(worker, self.hidden, counters, events.clone(), token) {
                 Ok(link) => {
                     info!(worker = %key.0, address = %worker.address, "expert worker joined");
                     self.links.insert(key, link);

@@ -21,6 +21,7 @@ use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::serve::serve_memory;
 use conclave_placement::store::{Store, connect};
 use conclave_placement::view::View;
+use conclave_proto::expert::INCARNATION_METADATA;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
@@ -289,4 +290,27 @@ async fn a_worker_with_another_checkpoint_may_not_join() {
     assert!(error.to_string().contains("may not join"), "{error}");
     shutdown.begin();
     first.run(&shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_stream_meant_for_who_had_this_address_before_is_refused() {
+    let cluster = Setting::start().await;
+    let shutdown = Shutdown::manual();
+    let worker = try_start(&cluster, SEED, &shutdown).await.unwrap();
+    let state = cluster.until(|state| !state.workers.is_empty()).await;
+    let own = state.workers[&worker.id].incarnation.get();
+    let channel = channel::internal(&worker.listen.to_string()).unwrap().connect().await.unwrap();
+    for (meant, accepted) in [(own, true), (own ^ 1, false)] {
+        let (_open, sending) = mpsc::channel(1);
+        let mut request = tonic::Request::new(ReceiverStream::new(sending));
+        request.metadata_mut().insert(INCARNATION_METADATA, meant.into());
+        let answer = ExpertWorkerClient::new(channel.clone()).exchange(request).await;
+        assert_eq!(
+            answer.map_err(|status| status.code()).err(),
+            (!accepted).then_some(tonic::Code::FailedPrecondition)
+        );
+    }
+    drop(channel);
+    shutdown.begin();
+    worker.run(&shutdown).await.unwrap();
 }

@@ -47,8 +47,8 @@ async fn a_cluster_of_three_workers_says_what_the_reference_says() {
     }
 }
 
-/// The API gives the best logprobs only. So here the router's own pieces stand in this process, and three worker processes
-/// compute for them: nothing is between a logit and its comparison.
+/// The API gives the best logprobs only. So here the router's own pieces stand in this process, and three worker
+/// processes compute for them: nothing is between a logit and its comparison.
 #[tokio::test]
 async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
     init_thread(1);
@@ -85,7 +85,7 @@ async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
     }
 }
 
-/// Computes a prompt, at most `rows` at a time, and says how far the logit is off that is furthest from the reference's.
+/// Computes a prompt, at most `rows` at a time: how far the logit is off that is furthest from the reference's.
 async fn furthest_logit(transformer: &Transformer, exchange: &Exchange, case: &Case, rows: usize) -> f32 {
     let mut cache = SequenceCache::new(transformer.config(), transformer.compute());
     let mut found = Vec::new();

@@ -15,8 +15,8 @@ mkdir -p "$deps/stamps"
 say() { printf 'setup: %s\n' "$*" >&2; }
 
 # done_already NAME FILES...: true when step NAME was last finished with exactly these inputs.
-# The inputs are the pinned lists and the step's own text, so that changing one step does not undo the others.
-stamp_of() { { cat "${@:2}"; declare -f "setup_$1"; } | sha256sum | cut -c1-16; }
+# The inputs are the pinned lists and the text of the function that asks, so that changing one does not undo the others.
+stamp_of() { { cat "${@:2}"; declare -f "${FUNCNAME[2]}"; } | sha256sum | cut -c1-16; }
 done_already() { [ "$(cat "$deps/stamps/$1" 2>/dev/null)" = "$(stamp_of "$@")" ]; }
 mark_done() { stamp_of "$@" >"$deps/stamps/$1"; }
 

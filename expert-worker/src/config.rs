@@ -9,8 +9,9 @@ use std::time::Duration;
 use clap::Parser;
 use conclave_model::device::{Device, Dtype, Numerics};
 use conclave_placement::ids::{Cluster, WorkerId};
+use conclave_runtime::config;
 use conclave_runtime::telemetry::LogFormat;
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 /// Holds routed experts of one model and computes them for routers.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -21,14 +22,14 @@ pub struct Config {
     pub model: PathBuf,
     /// Cluster to join
     #[arg(long, value_name = "NAME", default_value = "default")]
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "config::as_text")]
     pub cluster: Cluster,
     /// Where the cluster's state lives
     #[arg(long, value_name = "SPEC", default_value = "etcd=http://127.0.0.1:2379")]
     pub store: String,
     /// This worker's name [default: from the host's name and the port]
     #[arg(long, value_name = "NAME")]
-    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "config::as_optional_text", skip_serializing_if = "Option::is_none")]
     pub id: Option<WorkerId>,
     /// Where experts are computed: cpu or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -54,7 +55,7 @@ pub struct Config {
     pub advertise: Option<String>,
     /// Memory for experts, such as 16GiB; 0 is no limit
     #[arg(long, value_name = "BYTES", default_value = "0")]
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "config::as_text")]
     pub memory: Memory,
     /// Batches that may wait for the tensor thread
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -107,17 +108,6 @@ impl FromStr for Memory {
 impl fmt::Display for Memory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
-    }
-}
-
-fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
-}
-
-fn as_optional_text<S: Serializer>(value: &Option<impl fmt::Display>, serializer: S) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => serializer.collect_str(value),
-        None => serializer.serialize_none(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! What an operator decides for one router: flags, environment and config file come in through the runtime, checked
 //! values go out. Nothing is opened or bound here.
 
-use std::{fmt, path::PathBuf, time::Duration};
+use std::{path::PathBuf, time::Duration};
 
 use clap::Parser;
 use conclave_model::{
@@ -9,8 +9,8 @@ use conclave_model::{
     wire::Encoding,
 };
 use conclave_placement::ids::{Cluster, RouterId};
-use conclave_runtime::telemetry::LogFormat;
-use serde::{Deserialize, Serialize, Serializer};
+use conclave_runtime::{config, telemetry::LogFormat};
+use serde::{Deserialize, Serialize};
 
 use crate::{control::Policy, moe::Mode, scheduler::policy::Limits};
 
@@ -27,14 +27,14 @@ pub struct Config {
     pub model_name: Option<String>,
     /// Cluster to join
     #[arg(long, value_name = "NAME", default_value = "default")]
-    #[serde(serialize_with = "as_text")]
+    #[serde(serialize_with = "config::as_text")]
     pub cluster: Cluster,
     /// Where the cluster's state lives
     #[arg(long, value_name = "SPEC", default_value = "etcd=http://127.0.0.1:2379")]
     pub store: String,
     /// This router's name [default: from the host's name and the port]
     #[arg(long, value_name = "NAME")]
-    #[serde(serialize_with = "as_optional_text", skip_serializing_if = "Option::is_none")]
+    #[serde(serialize_with = "config::as_optional_text", skip_serializing_if = "Option::is_none")]
     pub id: Option<RouterId>,
     /// Where attention is computed: cpu or cuda:N
     #[arg(long, default_value = "cpu")]
@@ -152,17 +152,6 @@ impl Config {
     /// For what was accepted before the drain.
     pub fn drain_grace(&self) -> Duration {
         Duration::from_secs(self.drain_grace)
-    }
-}
-
-fn as_text<S: Serializer>(value: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
-}
-
-fn as_optional_text<S: Serializer>(value: &Option<impl fmt::Display>, serializer: S) -> Result<S::Ok, S::Error> {
-    match value {
-        Some(value) => serializer.collect_str(value),
-        None => serializer.serialize_none(),
     }
 }
 

@@ -7,11 +7,12 @@
 //! parser and the one judge of values.
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Arg, ArgAction, Command, Parser};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 /// `EX_USAGE` of sysexits.h: the configuration is wrong, starting again will not help.
 const EXIT_USAGE: i32 = 64;
@@ -61,6 +62,20 @@ pub fn load<T: Parser + Serialize>(env_prefix: &str) -> T {
     // Before anything runs there is nothing to drain, and the exit status is the contract.
     #[allow(clippy::disallowed_methods)]
     std::process::exit(code);
+}
+
+/// For a field that is a name or a size with rules of its own: `#[serde(serialize_with = "config::as_text")]` shows it in
+/// `--print-config` as it is written on the command line.
+pub fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+/// The same for one that may be left out.
+pub fn as_optional_text<S: Serializer>(value: &Option<impl Display>, serializer: S) -> Result<S::Ok, S::Error> {
+    match value {
+        Some(value) => serializer.collect_str(value),
+        None => serializer.serialize_none(),
+    }
 }
 
 /// What the process shall do with its configuration.

@@ -164,8 +164,8 @@ impl Mla {
         let rows = q_nope.size()[0];
         let before = cache.len() as i64 - rows;
         if self.numerics == Numerics::Reproducible {
-            // Row by row over exactly the keys it may see, each in memory of its own, since libtorch's products depend on
-            // how their operands are aligned: the same bits whatever chunk the row came in.
+            // Row by row over exactly the keys it may see, each in memory of its own, so that how
+            // operands are aligned cannot tell chunks apart: the same bits whatever chunk the row came in.
             let each = |row| {
                 let keys = cache.view(before + row + 1);
                 self.absorbed(&q_nope.narrow(0, row, 1).copy(), &q_pe.narrow(0, row, 1).copy(), &keys)

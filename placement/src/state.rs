@@ -18,7 +18,7 @@ pub struct ModelIdentity {
     pub config_digest: String,
     /// Hex SHA-256 over the tensors' names, dtypes, shapes and samples.
     pub checkpoint_digest: String,
-    /// Decoder layers, dense ones included.
+    /// Decoder layers, dense ones included, and that of multi-token prediction where the checkpoint has it.
     pub layers: u32,
     /// The layers that have routed experts, ascending.
     pub moe_layers: Vec<LayerIdx>,
@@ -26,6 +26,29 @@ pub struct ModelIdentity {
     pub experts: u32,
     /// Memory that one resident expert takes, in bytes.
     pub expert_bytes: u64,
+}
+
+impl ModelIdentity {
+    /// From what a checkpoint says of itself. `digests` are the config's and the checkpoint's; layers and experts were
+    /// bounded far below 2^32 when the config was read.
+    pub fn new(
+        name: String,
+        [config_digest, checkpoint_digest]: [String; 2],
+        layers: usize,
+        moe_layers: impl Iterator<Item = usize>,
+        experts: usize,
+        expert_bytes: u64,
+    ) -> Self {
+        Self {
+            name,
+            config_digest,
+            checkpoint_digest,
+            layers: layers as u32,
+            moe_layers: moe_layers.map(|layer| LayerIdx(layer as u32)).collect(),
+            experts: experts as u32,
+            expert_bytes,
+        }
+    }
 }
 
 /// Where a worker stands in its life.

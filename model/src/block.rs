@@ -4,15 +4,16 @@
 //! Never here: routed experts. Their outputs are brought by the caller, who alone knows where they were computed.
 
 use crate::{
+    batch::Batch,
+    cache::KvCache,
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
     device::Compute,
     expert::Mlp,
     gate::{Gate, Routing},
     hidden::Hidden,
-    mla::{Mla, Segment},
+    mla::Mla,
     norm::RmsNorm,
-    rope::Positions,
 };
 
 /// One decoder layer.
@@ -87,11 +88,10 @@ impl Block {
         &self.feed_forward
     }
 
-    /// `x + attention(norm(x))`; the rows' latents join their sequences' caches.
-    pub fn attend(&self, x: &Hidden, positions: &Positions<'_>, segments: &mut [Segment<'_>]) -> Hidden {
+    /// `x + attention(norm(x))`; the rows' latents join their sequences' blocks.
+    pub fn attend(&self, x: &Hidden, batch: &Batch<'_>, cache: &KvCache) -> Hidden {
         let normed = self.input_norm.forward(&x.0);
-        let (rope, angles) = (positions.rope, &positions.angles);
-        Hidden(&x.0 + self.attention.forward(self.layer, &normed, rope, angles, segments))
+        Hidden(&x.0 + self.attention.forward(self.layer, &normed, batch, cache))
     }
 
     /// What the gate and the experts see of the residual stream.

@@ -1,98 +1,142 @@
-//! The latent KV cache of one sequence: per layer and token the normed latent and the rotated shared key, `[C | R]`.
+//! The latent KV cache: per layer and token the normed latent and the rotated shared key, `[C | R]`, in blocks of 64
+//! tokens that sequences hold tables of.
 //!
-//! In: rows as attention makes them. Out: views over what a sequence has so far.
-//! Never here: sharing between sequences, eviction.
+//! In: rows as attention makes them, and the slots they go to. Out: views over blocks.
+//! Never here: who holds which block, sharing, eviction. That is plain data, and the router's.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
-use crate::{config::ModelConfig, device::Compute};
+use crate::{batch::Segment, config::ModelConfig, device::Compute};
 
-/// Tokens that a cache grows by at least.
-const BLOCK_TOKENS: usize = 64;
+/// Tokens in a block.
+pub const BLOCK_TOKENS: usize = 64;
 
-/// One sequence's cache over all layers. Memory is freed when it is dropped.
+/// All layers' blocks. Block b holds the same tokens in every layer. The memory is asked for once; on the CPU the system
+/// hands it out as blocks are first used.
+#[derive(Debug)]
+pub struct KvCache {
+    /// Per layer `[blocks, 64, C+R]`.
+    layers: Vec<Tensor>,
+    width: i64,
+}
+
+impl KvCache {
+    /// Bytes of one block over `layers` layers.
+    pub fn block_bytes(config: &ModelConfig, compute: Compute, layers: usize) -> usize {
+        BLOCK_TOKENS * width(config) * compute.kind().elt_size_in_bytes() * layers
+    }
+
+    /// `blocks` blocks over `layers` layers, which are the model's and those of its draft module. What a block holds before
+    /// it is [cleared](Self::clear) is undefined.
+    pub fn new(config: &ModelConfig, compute: Compute, layers: usize, blocks: usize) -> Self {
+        let width = width(config) as i64;
+        let size = [blocks as i64, BLOCK_TOKENS as i64, width];
+        let layer = |_| Tensor::empty(size, (compute.kind(), compute.torch_device()));
+        Self { layers: (0..layers).map(layer).collect(), width }
+    }
+
+    /// Of one layer, which is `blocks` `[blocks, 64, C+R]`.
+    #[cfg(test)]
+    pub(crate) fn of(blocks: Tensor) -> Self {
+        let width = blocks.size()[2];
+        Self { layers: vec![blocks], width }
+    }
+
+    /// Forgets what `block` holds. To be called when a sequence takes it: rows past a sequence's end take part in products,
+    /// weighted by zero, and zero times what is no number is none.
+    pub fn clear(&self, block: u32) {
+        for layer in &self.layers {
+            let _ = layer.get(i64::from(block)).zero_();
+        }
+    }
+
+    /// Copies all that `from` holds to `to`.
+    pub fn copy_block(&self, from: u32, to: u32) {
+        for layer in &self.layers {
+            layer.get(i64::from(to)).copy_(&layer.get(i64::from(from)));
+        }
+    }
+
+    /// Puts rows `[T, C+R]` into `slots` `[T]`; slot s is row s mod 64 of block s / 64.
+    pub(crate) fn write(&self, layer: usize, slots: &Tensor, rows: &Tensor) {
+        let mut flat = self.layers[layer].view([-1, self.width]);
+        let _ = flat.index_copy_(0, slots, rows);
+    }
+
+    /// The rows `[len, C+R]` of `keys` from row `start` on, which is a multiple of 64.
+    pub(crate) fn rows(&self, layer: usize, keys: &Keys, start: i64, len: i64) -> Tensor {
+        let (block, tokens) = (start / BLOCK_TOKENS as i64, BLOCK_TOKENS as i64);
+        match keys {
+            Keys::Run { first } => self.layers[layer].view([-1, self.width]).narrow(0, first * tokens + start, len),
+            Keys::Table(table) => {
+                let blocks = table.narrow(0, block, (len + tokens - 1) / tokens);
+                self.layers[layer].index_select(0, &blocks).view([-1, self.width]).narrow(0, 0, len)
+            }
+        }
+    }
+
+    /// The rows `[B, n*64, C+R]` of `blocks` `[B*n]`, which are B tables of n blocks.
+    pub(crate) fn tables(&self, layer: usize, blocks: &Tensor, count: i64) -> Tensor {
+        self.layers[layer].index_select(0, blocks).view([count, -1, self.width])
+    }
+}
+
+/// Where one sequence's rows are.
+#[derive(Debug)]
+pub(crate) enum Keys {
+    /// In blocks one after the other: read in place.
+    Run { first: i64 },
+    /// `[n]`: gathered.
+    Table(Tensor),
+}
+
+fn width(config: &ModelConfig) -> usize {
+    config.kv_lora_rank + config.qk_rope_head_dim
+}
+
+/// A cache for one sequence alone, as the oracle and tests want it: block i holds tokens 64i to 64i + 63.
 #[derive(Debug)]
 pub struct SequenceCache {
-    layers: Vec<LayerCache>,
+    cache: KvCache,
+    len: usize,
+    context: usize,
 }
 
 impl SequenceCache {
-    /// An empty one. Nothing is allocated before the first row.
-    pub fn new(config: &ModelConfig, compute: Compute) -> Self {
-        let width = (config.kv_lora_rank + config.qk_rope_head_dim) as i64;
-        let layer = || LayerCache { rows: None, len: 0, width, kind: compute.kind(), device: compute.torch_device() };
-        Self { layers: (0..config.num_hidden_layers).map(|_| layer()).collect() }
+    /// Room for the model's whole context.
+    pub fn new(config: &ModelConfig, compute: Compute, layers: usize) -> Self {
+        let context = config.max_position_embeddings;
+        Self { cache: KvCache::new(config, compute, layers, context.div_ceil(BLOCK_TOKENS)), len: 0, context }
     }
 
-    /// Tokens whose rows are in every layer.
+    /// The blocks.
+    pub fn blocks(&self) -> &KvCache {
+        &self.cache
+    }
+
+    /// Tokens so far.
     pub fn len(&self) -> usize {
-        self.layers.iter().map(|layer| layer.len).min().unwrap_or(0)
+        self.len
     }
 
     /// Whether no token is in yet.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 
-    /// Forgets the rows from `len` on: those of a step that did not finish.
+    /// The next `rows` rows, which from here on count as computed. Panics where the context has no room for them.
+    pub fn extend(&mut self, rows: usize) -> Segment {
+        let (start, end) = (self.len, self.len + rows);
+        assert!(end <= self.context, "{end} tokens in a context of {}", self.context);
+        for block in start.div_ceil(BLOCK_TOKENS)..end.div_ceil(BLOCK_TOKENS) {
+            self.cache.clear(block as u32);
+        }
+        self.len = end;
+        Segment { rows, start, blocks: (0..end.div_ceil(BLOCK_TOKENS) as u32).collect() }
+    }
+
+    /// Forgets the rows from `len` on.
     pub fn truncate(&mut self, len: usize) {
-        for layer in &mut self.layers {
-            layer.len = layer.len.min(len);
-        }
-    }
-
-    pub(crate) fn layer(&mut self, layer: usize) -> &mut LayerCache {
-        &mut self.layers[layer]
-    }
-}
-
-/// One layer's rows.
-#[derive(Debug)]
-pub(crate) struct LayerCache {
-    /// `[capacity, C+R]`.
-    rows: Option<Tensor>,
-    len: usize,
-    width: i64,
-    kind: Kind,
-    device: Device,
-}
-
-impl LayerCache {
-    /// Adds rows `[T, C+R]` behind those that are there.
-    pub(crate) fn append(&mut self, rows: &Tensor) {
-        let more = rows.size()[0];
-        self.reserve(self.len as i64 + more);
-        if let Some(all) = &self.rows {
-            all.narrow(0, self.len as i64, more).copy_(rows);
-        }
-        self.len += more as usize;
-    }
-
-    /// The first `len` rows, `[len, C+R]`, without copying.
-    pub(crate) fn view(&self, len: i64) -> Tensor {
-        match &self.rows {
-            Some(all) => all.narrow(0, 0, len),
-            None => Tensor::zeros([0, self.width], (self.kind, self.device)),
-        }
-    }
-
-    /// Rows so far.
-    pub(crate) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Doubles, so that a token's rows are moved a constant number of times on average.
-    fn reserve(&mut self, needed: i64) {
-        let capacity = self.rows.as_ref().map_or(0, |rows| rows.size()[0]);
-        if needed <= capacity {
-            return;
-        }
-        let block = BLOCK_TOKENS as i64;
-        let capacity = (needed.max(capacity * 2) + block - 1) / block * block;
-        let grown = Tensor::zeros([capacity, self.width], (self.kind, self.device));
-        if let Some(old) = &self.rows {
-            grown.narrow(0, 0, self.len as i64).copy_(&old.narrow(0, 0, self.len as i64));
-        }
-        self.rows = Some(grown);
+        self.len = self.len.min(len);
     }
 }

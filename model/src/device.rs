@@ -23,6 +23,9 @@ pub enum Error {
     /// CUDA's half of libtorch could not be opened.
     #[error("libtorch_cuda.so could not be opened (the CUDA wheels are installed only where there is a GPU): {0}")]
     CudaLibrary(String),
+    /// The CUDA runtime does not say how much memory is free.
+    #[error("how much GPU memory is free cannot be read: {0}")]
+    FreeMemory(String),
     /// It was opened, and finds no such GPU.
     #[error("cuda:{index} is not there: libtorch sees {found} GPU(s)")]
     NoSuchGpu {
@@ -100,6 +103,35 @@ impl Device {
         open_cuda_library()?;
         let found = tch::Cuda::device_count();
         if (index as i64) < found { Ok(()) } else { Err(Error::NoSuchGpu { index, found }) }
+    }
+}
+
+impl Device {
+    /// Bytes that are free on this GPU, as the CUDA runtime that libtorch brings tells them. To be called after
+    /// [`open`](Self::open).
+    ///
+    /// # Errors
+    /// This is no GPU, or the runtime cannot be asked.
+    #[allow(unsafe_code)]
+    pub fn free_memory(self) -> Result<u64, Error> {
+        let Self::Cuda(index) = self else { return Err(Error::FreeMemory("this is no GPU".to_owned())) };
+        type SetDevice = unsafe extern "C" fn(i32) -> i32;
+        type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+        let unreadable = |error: libloading::Error| Error::FreeMemory(error.to_string());
+        let index = i32::try_from(index).map_err(|_| Error::NoSuchGpu { index, found: tch::Cuda::device_count() })?;
+        let (mut free, mut total) = (0usize, 0usize);
+        // SAFETY: the process's own symbols are searched, among them those of the CUDA runtime, which `open` has loaded with
+        // RTLD_GLOBAL; both functions have had these signatures since CUDA 3.2, and write only to the two numbers given.
+        let status = unsafe {
+            let process = libloading::os::unix::Library::this();
+            let set_device = process.get::<SetDevice>(b"cudaSetDevice\0").map_err(unreadable)?;
+            let mem_get_info = process.get::<MemGetInfo>(b"cudaMemGetInfo\0").map_err(unreadable)?;
+            match set_device(index) {
+                0 => mem_get_info(&raw mut free, &raw mut total),
+                failed => failed,
+            }
+        };
+        if status == 0 { Ok(free as u64) } else { Err(Error::FreeMemory(format!("CUDA error {status}"))) }
     }
 }
 

@@ -37,6 +37,11 @@ impl Hidden {
         values
     }
 
+    /// The rows numbered `rows`, in that order; each below T.
+    pub fn at(&self, rows: &[usize]) -> Self {
+        self.select(&rows.iter().map(|&row| row as i64).collect::<Vec<_>>())
+    }
+
     /// The rows at `indices`, in that order.
     pub(crate) fn select(&self, indices: &[i64]) -> Self {
         Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))

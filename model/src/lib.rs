@@ -23,6 +23,7 @@ pub mod config;
 pub mod checkpoint;
 pub mod generation;
 pub mod tokenizer;
+pub mod grammar;
 
 // Where and how to compute.
 pub mod device;
@@ -33,11 +34,13 @@ mod linear;
 mod norm;
 mod rope;
 pub mod cache;
+pub mod batch;
 mod mla;
 pub mod gate;
 pub mod expert;
 mod block;
 pub mod transformer;
+pub mod mtp;
 pub mod sampler;
 
 // What an expert worker computes, and how rows travel.

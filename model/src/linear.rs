@@ -61,6 +61,11 @@ impl Linear {
         }
     }
 
+    /// Another hold on the same weight.
+    pub(crate) fn share(&self) -> Self {
+        Self { weight: self.weight.share(), bias: self.bias.as_ref().map(Weight::share), ..*self }
+    }
+
     /// `[T, in]` to `[T, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         match self.tile {

@@ -9,30 +9,18 @@
 use tch::{Kind, Tensor};
 
 use crate::{
-    cache::{LayerCache, SequenceCache},
+    batch::{Batch, Part},
+    cache::{BLOCK_TOKENS, Keys, KvCache},
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
     device::{Compute, Numerics},
     linear::Linear,
     norm::RmsNorm,
-    rope::{Angles, Rope, score_factor},
+    rope::score_factor,
 };
 
-/// From this many rows of one sequence on, building keys and values costs less than working on the latent: the naive
-/// form's scores take N+R multiplications where the absorbed form's take C+R.
-const NAIVE_FROM_ROWS: i64 = 32;
-
 /// Scores that one product may make: the memory of a long prompt is bounded by its chunk, not by its square.
-const MOST_SCORES: i64 = 1 << 25;
-
-/// A run of rows that belong to one sequence and follow what its cache holds.
-#[derive(Debug)]
-pub struct Segment<'a> {
-    /// Rows of this step, at least one.
-    pub rows: usize,
-    /// Where they are appended to.
-    pub cache: &'a mut SequenceCache,
-}
+const MOST_SCORES: i64 = 1 << 23;
 
 /// One layer's attention.
 #[derive(Debug)]
@@ -128,16 +116,10 @@ impl Mla {
         })
     }
 
-    /// Rows `[T, D]` of all `segments`, one after the other, to rows `[T, D]`; their latents join the caches.
-    pub(crate) fn forward(
-        &self,
-        layer: usize,
-        x: &Tensor,
-        rope: &Rope,
-        angles: &Angles,
-        segments: &mut [Segment<'_>],
-    ) -> Tensor {
+    /// Rows `[T, D]` of `batch` to rows `[T, D]`; their latents go to the cache.
+    pub(crate) fn forward(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
         let rows = x.size()[0];
+        let (rope, angles) = (batch.rope, &batch.angles);
         let q = self.query.forward(x).view([rows, self.heads, self.nope + self.rope]);
         let q_nope = q.narrow(2, 0, self.nope); // [T, H, N]
         let q_pe = rope.rotate(&q.narrow(2, self.nope, self.rope), angles); // [T, H, R]
@@ -145,92 +127,165 @@ impl Mla {
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
         let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
         let k_pe = rope.rotate(&k_pe, angles).squeeze_dim(1); // [T, R]
-        let cached = Tensor::cat(&[latent, k_pe], 1); // [T, C+R]
+        cache.write(layer, &batch.slots, &Tensor::cat(&[latent, k_pe], 1));
 
-        let mut start = 0;
-        let mut out = Vec::with_capacity(segments.len());
-        for segment in segments {
-            let rows = segment.rows as i64;
-            let cache = segment.cache.layer(layer);
-            cache.append(&cached.narrow(0, start, rows));
-            out.push(self.attend(&q_nope.narrow(0, start, rows), &q_pe.narrow(0, start, rows), cache));
-            start += rows;
+        let part = |part: &Part| match part {
+            Part::Together { rows, count, blocks, hidden } => {
+                let keys = cache.tables(layer, blocks, *count);
+                self.together(&q_nope.index_select(0, rows), &q_pe.index_select(0, rows), &keys, hidden)
+            }
+            Part::Alone { first, rows, before, keys } => {
+                let rows_of = |q: &Tensor| q.narrow(0, *first, *rows);
+                self.alone(&rows_of(&q_nope), &rows_of(&q_pe), *before, &Lookup { cache, layer, keys })
+            }
+        };
+        let mut out = Tensor::cat(&batch.parts.iter().map(part).collect::<Vec<_>>(), 0); // [T, H, V]
+        if let Some(order) = &batch.order {
+            out = out.index_select(0, order);
         }
-        self.o_proj.forward(&Tensor::cat(&out, 0).view([rows, self.heads * self.value]))
+        self.o_proj.forward(&out.view([rows, self.heads * self.value]))
     }
 
-    /// The last `T` rows of one sequence over all its cache: `[T, H, N]`, `[T, H, R]` to `[T, H, V]`.
-    fn attend(&self, q_nope: &Tensor, q_pe: &Tensor, cache: &LayerCache) -> Tensor {
+    /// T rows of one sequence that follow `before` others: `[T, H, N]`, `[T, H, R]` to `[T, H, V]`.
+    fn alone(&self, q_nope: &Tensor, q_pe: &Tensor, before: i64, keys: &Lookup<'_>) -> Tensor {
         let rows = q_nope.size()[0];
-        let before = cache.len() as i64 - rows;
         if self.numerics == Numerics::Reproducible {
             // Row by row over exactly the keys it may see, each in memory of its own, so that how
             // operands are aligned cannot tell chunks apart: the same bits whatever chunk the row came in.
             let each = |row| {
-                let keys = cache.view(before + row + 1);
+                let keys = keys.rows(0, before + row + 1).copy();
                 self.absorbed(&q_nope.narrow(0, row, 1).copy(), &q_pe.narrow(0, row, 1).copy(), &keys)
             };
             return Tensor::cat(&(0..rows).map(each).collect::<Vec<_>>(), 0);
         }
-        let keys = cache.view(before + rows);
-        if rows < NAIVE_FROM_ROWS {
-            self.absorbed(q_nope, q_pe, &keys)
-        } else {
-            self.naive(q_nope, q_pe, &keys, MOST_SCORES)
+        if rows >= self.naive_from_rows() {
+            return self.naive(q_nope, q_pe, before, keys, MOST_SCORES);
         }
-    }
-
-    /// The specification: builds every head's keys `[W_UK c | k_pe]` and values `W_UV c`.
-    /// `[T, H, N]`, `[T, H, R]`, `[S, C+R]` to `[T, H, V]`, no more than `most_scores` scores at a time.
-    fn naive(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor, most_scores: i64) -> Tensor {
-        let context = keys.size()[0];
-        let latent = keys.narrow(1, 0, self.latent).unsqueeze(0); // [1, S, C]
-        let k_pe = keys.narrow(1, self.latent, self.rope).unsqueeze(0); // [1, S, R]
-        let k_nope = latent.matmul(&self.key_up.transpose(1, 2)); // [H, S, N]
-        let k = Tensor::cat(&[k_nope, k_pe.expand([self.heads, context, self.rope], false)], 2);
-        let v = latent.matmul(&self.value_up.transpose(1, 2)); // [H, S, V]
-        let q = Tensor::cat(&[q_nope, q_pe], 2).transpose(0, 1); // [H, T, N+R]
-        let (rows, k) = (q.size()[1], k.transpose(1, 2));
-        let some = (most_scores / (self.heads * context)).clamp(1, rows);
+        // As many rows at a time as their scores allow.
+        let some = (MOST_SCORES / (self.heads * (before + rows))).clamp(1, rows);
         let part = |start: i64| {
             let here = some.min(rows - start);
-            let seen = context - (rows - start - here);
-            let scores = q.narrow(1, start, here).matmul(&k.narrow(2, 0, seen)); // [H, here, seen]
-            self.probabilities(scores).matmul(&v.narrow(1, 0, seen)).transpose(0, 1)
+            let keys = keys.rows(0, before + start + here);
+            self.absorbed(&q_nope.narrow(0, start, here), &q_pe.narrow(0, start, here), &keys)
         };
         Tensor::cat(&(0..rows).step_by(some as usize).map(part).collect::<Vec<_>>(), 0)
     }
 
-    /// The same on the latent itself: `q' = W_UK^T q_nope`, one key `[C | R]` for all heads, `W_UV` after the sum.
-    fn absorbed(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor) -> Tensor {
-        let (rows, context) = (q_nope.size()[0], keys.size()[0]);
-        let q_latent = q_nope.transpose(0, 1).matmul(&self.key_up); // [H, T, C]
-        let q = Tensor::cat(&[q_latent, q_pe.transpose(0, 1)], 2); // [H, T, C+R]
-        let flat = q.reshape([self.heads * rows, self.latent + self.rope]);
-        let scores = flat.matmul(&keys.transpose(0, 1)).view([self.heads, rows, context]);
-        let p = self.probabilities(scores).view([self.heads * rows, context]);
-        let u = p.matmul(&keys.narrow(1, 0, self.latent)).view([self.heads, rows, self.latent]);
-        u.matmul(&self.value_up.transpose(1, 2)).transpose(0, 1).contiguous() // [T, H, V]
+    /// From this many rows of one sequence on, building keys and values costs less than working on the latent. Per key and
+    /// head the naive form takes N+R+V multiplications a row and C(N+V) once, the absorbed form 2C+R a row.
+    fn naive_from_rows(&self) -> i64 {
+        let saved = 2 * self.latent - self.nope - self.value;
+        if saved <= 0 { i64::MAX } else { self.latent * (self.nope + self.value) / saved + 1 }
     }
 
-    /// Causal softmax in f32 over scores `[H, T, S]`; row t sees all but the last T-1-t keys.
-    fn probabilities(&self, scores: Tensor) -> Tensor {
-        let (kind, size) = (scores.kind(), scores.size());
-        let (rows, context) = (size[1], size[2]);
-        let mut scores = scores.to_kind(Kind::Float);
+    /// The specification: builds every head's keys `[W_UK c | k_pe]` and values `W_UV c`. `[T, H, N]`, `[T, H, R]` over
+    /// the `before` keys before these rows and their own, to `[T, H, V]`.
+    ///
+    /// Keys are taken some at a time, so that no more than `most_scores` scores exist at once, and the softmax is kept
+    /// running over them: its maximum and its sum are corrected as greater scores come (Milakov and Gimelshein, arXiv
+    /// 1805.02867; FlashAttention, arXiv 2205.14135, section 3.1).
+    fn naive(&self, q_nope: &Tensor, q_pe: &Tensor, before: i64, keys: &Lookup<'_>, most_scores: i64) -> Tensor {
+        let (rows, block) = (q_nope.size()[0], BLOCK_TOKENS as i64);
+        let context = before + rows;
+        let q = Tensor::cat(&[q_nope, q_pe], 2).transpose(0, 1).contiguous(); // [H, T, N+R]
+        let some = (most_scores / (self.heads * rows) / block).max(1) * block;
+        let float = (Kind::Float, q.device());
+        let mut largest = Tensor::full([self.heads, rows, 1], f64::NEG_INFINITY, float);
+        let mut total = Tensor::zeros([self.heads, rows, 1], float);
+        let mut sum = Tensor::zeros([self.heads, rows, self.value], float);
+        for start in (0..context).step_by(some as usize) {
+            let here = some.min(context - start);
+            let (k, v) = self.keys_and_values(&keys.rows(start, here));
+            let scores = self.scores(&q.matmul(&k.transpose(1, 2)), before - start); // [H, T, here]
+            let larger = largest.maximum(&scores.amax([-1].as_slice(), true));
+            let p = (scores - &larger).exp();
+            let correction = (largest - &larger).exp();
+            total = total * &correction + p.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+            sum = sum * correction + p.to_kind(q.kind()).matmul(&v).to_kind(Kind::Float);
+            largest = larger;
+        }
+        (sum / total).to_kind(q.kind()).transpose(0, 1) // [T, H, V]
+    }
+
+    /// Of latents `[S, C+R]`: keys `[H, S, N+R]` and values `[H, S, V]`.
+    fn keys_and_values(&self, rows: &Tensor) -> (Tensor, Tensor) {
+        let context = rows.size()[0];
+        let latent = rows.narrow(1, 0, self.latent).unsqueeze(0); // [1, S, C]
+        let k_pe = rows.narrow(1, self.latent, self.rope).unsqueeze(0); // [1, S, R]
+        let k_nope = latent.matmul(&self.key_up.transpose(1, 2)); // [H, S, N]
+        let k = Tensor::cat(&[k_nope, k_pe.expand([self.heads, context, self.rope], false)], 2);
+        (k, latent.matmul(&self.value_up.transpose(1, 2)))
+    }
+
+    /// The same on the latent itself: `q' = W_UK^T q_nope`, one key `[C | R]` for all heads, `W_UV` after the sum.
+    /// `[T, H, N]`, `[T, H, R]`, `[S, C+R]` to `[T, H, V]`; these rows are the last T of the S.
+    fn absorbed(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor) -> Tensor {
+        let (rows, context) = (q_nope.size()[0], keys.size()[0]);
+        let flat = self.absorb(q_nope, q_pe).reshape([self.heads * rows, self.latent + self.rope]);
+        let scores = flat.matmul(&keys.transpose(0, 1)).view([self.heads, rows, context]);
+        let p = self.scores(&scores, context - rows).softmax(-1, Kind::Float);
+        let p = p.to_kind(scores.kind()).view([self.heads * rows, context]);
+        let u = p.matmul(&keys.narrow(1, 0, self.latent)).view([self.heads, rows, self.latent]);
+        self.raise(&u)
+    }
+
+    /// The absorbed form for B sequences of r rows each: `[B*r, H, N]`, `[B*r, H, R]`, `[B, S, C+R]` to `[B*r, H, V]`.
+    /// `hidden` `[B, 1, r, S]` is what each row may not see.
+    fn together(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor, hidden: &Tensor) -> Tensor {
+        let (count, context) = (keys.size()[0], keys.size()[1]);
+        let each = q_nope.size()[0] / count;
+        let q = self.absorb(q_nope, q_pe).view([self.heads, count, each, -1]).transpose(0, 1); // [B, H, r, C+R]
+        let q = q.reshape([count, self.heads * each, self.latent + self.rope]);
+        let scores = q.matmul(&keys.transpose(1, 2)); // [B, H*r, S]
+        let seen = scores.to_kind(Kind::Float).view([count, self.heads, each, context]) * self.scale;
+        let p = seen.masked_fill(hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float);
+        let p = p.to_kind(scores.kind()).view([count, self.heads * each, context]);
+        let u = p.matmul(&keys.narrow(2, 0, self.latent)).view([count, self.heads, each, self.latent]);
+        self.raise(&u.transpose(0, 1).reshape([self.heads, count * each, self.latent]))
+    }
+
+    /// `[T, H, N]`, `[T, H, R]` to queries of latents `[H, T, C+R]`.
+    fn absorb(&self, q_nope: &Tensor, q_pe: &Tensor) -> Tensor {
+        let q_latent = q_nope.transpose(0, 1).matmul(&self.key_up); // [H, T, C]
+        Tensor::cat(&[q_latent, q_pe.transpose(0, 1)], 2)
+    }
+
+    /// Sums of latents `[H, T, C]` to values `[T, H, V]`.
+    fn raise(&self, u: &Tensor) -> Tensor {
+        u.matmul(&self.value_up.transpose(1, 2)).transpose(0, 1).contiguous()
+    }
+
+    /// Scaled in f32, `[H, T, S]`; row t sees key s where s <= `before` + t.
+    fn scores(&self, products: &Tensor, before: i64) -> Tensor {
+        let (rows, context) = (products.size()[1], products.size()[2]);
+        let mut scores = products.to_kind(Kind::Float);
         let _ = scores.g_mul_scalar_(self.scale);
-        if rows > 1 {
-            let future = Tensor::ones([rows, context], (Kind::Bool, scores.device())).triu(context - rows + 1);
+        if before + 1 < context {
+            let future = Tensor::ones([rows, context], (Kind::Bool, scores.device())).triu(before + 1);
             let _ = scores.masked_fill_(&future, f64::NEG_INFINITY);
         }
-        scores.softmax(-1, Kind::Float).to_kind(kind)
+        scores
+    }
+}
+
+/// One layer's rows of one sequence.
+struct Lookup<'a> {
+    cache: &'a KvCache,
+    layer: usize,
+    keys: &'a Keys,
+}
+
+impl Lookup<'_> {
+    /// `[len, C+R]` from row `start` on, which is a multiple of 64.
+    fn rows(&self, start: i64, len: i64) -> Tensor {
+        self.cache.rows(self.layer, self.keys, start, len)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{checkpoint::Weight, device::init_thread};
+    use crate::{batch::Segment, checkpoint::Weight, config::RopeConfig, device::init_thread, rope::Rope};
 
     fn random_mla(numerics: Numerics) -> Mla {
         let (heads, nope, rope, value, latent, hidden) = (3, 8, 4, 6, 16, 24);
@@ -255,21 +310,77 @@ mod tests {
         }
     }
 
+    /// A cache of one layer that holds one sequence's `keys` `[S, C+R]` in `blocks`; everything else in it is no number.
+    fn holding(keys: &Tensor, blocks: &[u32]) -> KvCache {
+        let (context, width) = (keys.size()[0] as usize, keys.size()[1]);
+        let cache = KvCache::of(Tensor::full([12, BLOCK_TOKENS as i64, width], f64::NAN, FLOAT));
+        blocks.iter().for_each(|&block| cache.clear(block));
+        let slot = |token: usize| {
+            i64::from(blocks[token / BLOCK_TOKENS]) * BLOCK_TOKENS as i64 + (token % BLOCK_TOKENS) as i64
+        };
+        cache.write(0, &Tensor::from_slice(&(0..context).map(slot).collect::<Vec<_>>()), keys);
+        cache
+    }
+
+    const FLOAT: (Kind, tch::Device) = (Kind::Float, tch::Device::Cpu);
+
+    fn worst(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
     #[test]
     fn the_absorbed_form_computes_what_the_naive_form_specifies() {
         init_thread(1);
         let mla = random_mla(Numerics::Fast);
-        for (rows, context) in [(1, 1), (1, 70), (5, 5), (7, 40), (40, 40)] {
-            let random = |size: &[i64]| Tensor::randn(size, (Kind::Float, tch::Device::Cpu));
+        for (rows, context) in [(1, 1), (1, 70), (5, 5), (7, 40), (40, 40), (40, 300), (130, 500)] {
+            let random = |size: &[i64]| Tensor::randn(size, FLOAT);
             let q_nope = random(&[rows, mla.heads, mla.nope]);
             let q_pe = random(&[rows, mla.heads, mla.rope]);
             let keys = random(&[context, mla.latent + mla.rope]);
             let absorbed = mla.absorbed(&q_nope, &q_pe, &keys);
-            for most_scores in [1, 7 * mla.heads * context, MOST_SCORES] {
-                let naive = mla.naive(&q_nope, &q_pe, &keys, most_scores);
-                let worst = (naive - &absorbed).abs().max().double_value(&[]);
-                assert!(worst < 1e-5, "{rows} rows over {context}, {most_scores} scores at a time: {worst}");
+            let in_a_row = (holding(&keys, &[2, 3, 4, 5, 6, 7, 8, 9]), Keys::Run { first: 2 });
+            let scattered = [7, 3, 11, 0, 5, 9, 1, 8u32];
+            let table = Tensor::from_slice(&scattered.map(i64::from));
+            for (cache, keys) in [in_a_row, (holding(&keys, &scattered), Keys::Table(table))] {
+                let lookup = Lookup { cache: &cache, layer: 0, keys: &keys };
+                for most_scores in [1, 100 * mla.heads * rows, MOST_SCORES] {
+                    let naive = mla.naive(&q_nope, &q_pe, context - rows, &lookup, most_scores);
+                    let off = worst(&naive, &absorbed);
+                    assert!(off < 1e-5, "{rows} rows over {context}, {most_scores} scores at a time: {off}");
+                }
             }
+        }
+    }
+
+    #[test]
+    fn sequences_computed_together_get_what_each_gets_alone() {
+        init_thread(1);
+        let mla = random_mla(Numerics::Fast);
+        let config = RopeConfig { theta: 1e4, interleaved: true, scaling: None };
+        let rope = Rope::new(&config, mla.rope as usize, tch::Device::Cpu);
+        let cache = KvCache::of(Tensor::zeros([12, BLOCK_TOKENS as i64, mla.latent + mla.rope], FLOAT));
+        let _ = cache.rows(0, &Keys::Run { first: 0 }, 0, 12 * 64).uniform_(-1.0, 1.0);
+        let segment = |rows, start, blocks: &[u32]| Segment { rows, start, blocks: blocks.to_vec() };
+        let segments = [
+            segment(1, 150, &[7, 3, 9]),
+            segment(2, 63, &[4, 1]),
+            segment(1, 191, &[2, 5, 8]),
+            segment(40, 30, &[11, 10]),
+            segment(2, 70, &[0, 6]),
+        ];
+        let rows: i64 = segments.iter().map(|segment| segment.rows as i64).sum();
+        let x = Tensor::randn([rows, 24], FLOAT);
+        let batch = |segments: &[Segment]| Batch::new(segments, &rope, tch::Device::Cpu, Numerics::Fast);
+        let together = batch(&segments);
+        assert!(together.parts.iter().any(|part| matches!(part, Part::Together { .. })) && together.order.is_some());
+        let together = mla.forward(0, &x, &together, &cache);
+        let mut first = 0;
+        for segment in segments {
+            let rows = segment.rows as i64;
+            let alone = mla.forward(0, &x.narrow(0, first, rows), &batch(std::slice::from_ref(&segment)), &cache);
+            let off = worst(&alone, &together.narrow(0, first, rows));
+            assert!(off < 1e-5, "{segment:?}: {off}");
+            first += rows;
         }
     }
 }

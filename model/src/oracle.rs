@@ -3,20 +3,23 @@
 //! In: a checkpoint, token ids. Out: logits and greedy tokens. Never here: anything clever.
 
 use crate::{
+    batch::Batch,
     cache::SequenceCache,
     checkpoint::{self, Checkpoint},
     compute::{self, ExpertBatch},
     device::Compute,
     expert::Expert,
     hidden::Hidden,
+    mtp::Mtp,
     sampler::argmax,
-    transformer::{FeedForward, Segment, Transformer},
+    transformer::{Block, FeedForward, Transformer},
 };
 
 /// Router's half and all experts together.
 #[derive(Debug)]
 pub struct Oracle {
     transformer: Transformer,
+    mtp: Option<Mtp>,
     /// Per layer, empty for dense ones.
     experts: Vec<Vec<Expert>>,
 }
@@ -26,12 +29,13 @@ impl Oracle {
     pub fn load(checkpoint: &Checkpoint, compute: Compute) -> Result<Self, checkpoint::Error> {
         let config = checkpoint.config();
         let mut experts = Vec::new();
-        for layer in 0..config.num_hidden_layers {
+        for layer in 0..config.layers() {
             let here = if config.is_moe(layer) { config.n_routed_experts } else { 0 };
             let load = |expert| Expert::load(checkpoint, layer as u32, expert as u32, compute);
             experts.push((0..here).map(load).collect::<Result<Vec<_>, _>>()?);
         }
-        Ok(Self { transformer: Transformer::load(checkpoint, compute, |_| {})?, experts })
+        let transformer = Transformer::load(checkpoint, compute, |_| {})?;
+        Ok(Self { mtp: Mtp::load(checkpoint, &transformer)?, transformer, experts })
     }
 
     /// Logits a row.
@@ -39,29 +43,50 @@ impl Oracle {
         self.transformer.config().vocab_size
     }
 
-    /// An empty cache for [`Oracle::forward`].
+    /// An empty cache for [`Oracle::forward`], or for [`Oracle::draft`].
     pub fn cache(&self) -> SequenceCache {
-        SequenceCache::new(self.transformer.config(), self.transformer.compute())
+        let config = self.transformer.config();
+        SequenceCache::new(config, self.transformer.compute(), config.layers())
     }
 
     /// Computes `tokens`, which follow those in `cache`; logits f32 `[tokens, vocab_size]`.
     pub fn forward(&self, tokens: &[u32], cache: &mut SequenceCache) -> Vec<f32> {
-        let start = cache.len() as i64;
-        let positions: Vec<i64> = (start..start + tokens.len() as i64).collect();
-        let positions = self.transformer.positions(&positions);
+        self.forward_and_hidden(tokens, cache).0
+    }
+
+    /// [`Oracle::forward`], and the hidden states `[tokens, D]` after the final norm that [`Oracle::draft`] goes on from.
+    pub fn forward_and_hidden(&self, tokens: &[u32], cache: &mut SequenceCache) -> (Vec<f32>, Hidden) {
+        let batch = self.transformer.batch(&[cache.extend(tokens.len())]);
         let mut x = self.transformer.embed(tokens);
         for block in self.transformer.blocks() {
-            x = block.attend(&x, &positions, &mut [Segment { rows: tokens.len(), cache: &mut *cache }]);
-            let normed = block.normed(&x);
-            x = match block.feed_forward() {
-                FeedForward::Dense(dense) => dense.forward(&x, &normed),
-                FeedForward::Moe(moe) => {
-                    let routed = self.routed(block.layer(), &normed, &moe.route(&normed));
-                    moe.finish(&x, &routed, moe.shared(&normed))
-                }
-            };
+            x = self.layer(block, &x, &batch, cache);
         }
-        self.transformer.logits(&x, &(0..tokens.len()).collect::<Vec<_>>())
+        let logits = self.transformer.logits(&x, &(0..tokens.len()).collect::<Vec<_>>());
+        (logits, self.transformer.final_norm(&x))
+    }
+
+    /// What multi-token prediction makes of `hidden`, the rows after those in `cache`, and of the token that follows each;
+    /// logits f32 `[tokens, vocab_size]` of the tokens after those. `cache` is another than the model's: it is one row
+    /// behind. `None` where the checkpoint has no such module.
+    pub fn draft(&self, hidden: &Hidden, next_tokens: &[u32], cache: &mut SequenceCache) -> Option<Vec<f32>> {
+        let mtp = self.mtp.as_ref()?;
+        let rows = next_tokens.len();
+        let positions: Vec<usize> = (cache.len()..cache.len() + rows).collect();
+        let batch = self.transformer.batch(&[cache.extend(rows)]);
+        let x = self.layer(mtp.block(), &mtp.input(hidden, next_tokens, &positions), &batch, cache);
+        Some(mtp.logits(&x, &(0..rows).collect::<Vec<_>>()))
+    }
+
+    fn layer(&self, block: &Block, x: &Hidden, batch: &Batch<'_>, cache: &SequenceCache) -> Hidden {
+        let x = block.attend(x, batch, cache.blocks());
+        let normed = block.normed(&x);
+        match block.feed_forward() {
+            FeedForward::Dense(dense) => dense.forward(&x, &normed),
+            FeedForward::Moe(moe) => {
+                let routed = self.routed(block.layer(), &normed, &moe.route(&normed));
+                moe.finish(&x, &routed, moe.shared(&normed))
+            }
+        }
     }
 
     /// The weighted sum over each row's experts, in gate order.

@@ -28,13 +28,6 @@ pub(crate) struct Angles {
     sin: Tensor,
 }
 
-/// Where rows stand in their sequences.
-#[derive(Debug)]
-pub struct Positions<'a> {
-    pub(crate) rope: &'a Rope,
-    pub(crate) angles: Angles,
-}
-
 impl Rope {
     pub(crate) fn new(config: &RopeConfig, dim: usize, device: Device) -> Self {
         let inv_freq = inverse_frequencies(config, dim);

@@ -5,6 +5,8 @@
 
 use std::collections::HashMap;
 
+use crate::grammar::Mask;
+
 /// How a request wants its tokens drawn. Ranges are checked where requests come in.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SamplingParams {
@@ -54,6 +56,8 @@ pub struct Context<'a> {
     pub answer: &'a [u32],
     /// Tokens that may not be drawn here.
     pub forbidden: &'a [u32],
+    /// The only tokens that may be drawn here, at least one; `None` is all. Where all of them are forbidden, they are not.
+    pub allowed: Option<&'a Mask>,
 }
 
 /// Draws the next token from `logits`, `[vocab_size]`.
@@ -65,11 +69,7 @@ pub fn sample(logits: &[f32], params: &SamplingParams, context: Context<'_>) -> 
             *logit += bias;
         }
     }
-    for &token in context.forbidden {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit = f32::NEG_INFINITY;
-        }
-    }
+    restrict(&mut logits, context);
     if params.temperature == 0.0 {
         return argmax(&logits);
     }
@@ -84,6 +84,26 @@ pub fn sample(logits: &[f32], params: &SamplingParams, context: Context<'_>) -> 
     }
     // Rounding may leave a crumb past the last candidate.
     candidates.last().map_or_else(|| argmax(&logits), |&(token, _)| token)
+}
+
+/// Takes away what may not be drawn.
+fn restrict(logits: &mut [f32], context: Context<'_>) {
+    let mut forbidden = context.forbidden;
+    if let Some(allowed) = context.allowed {
+        if allowed.is_within(forbidden) {
+            forbidden = &[];
+        }
+        for (token, logit) in (0..).zip(logits.iter_mut()) {
+            if !allowed.allows(token) {
+                *logit = f32::NEG_INFINITY;
+            }
+        }
+    }
+    for &token in forbidden {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit = f32::NEG_INFINITY;
+        }
+    }
 }
 
 /// The index of the greatest value, the lowest of equals.
@@ -240,7 +260,7 @@ mod tests {
     use super::*;
 
     fn draw(logits: &[f32], params: &SamplingParams, answer: &[u32]) -> u32 {
-        sample(logits, params, Context { prompt: &[], answer, forbidden: &[] })
+        sample(logits, params, Context { prompt: &[], answer, forbidden: &[], allowed: None })
     }
 
     #[test]
@@ -275,11 +295,44 @@ mod tests {
         assert_eq!(draw(&logits, &SamplingParams { presence_penalty: 0.5, ..greedy.clone() }, &[0]), 1);
         assert_eq!(draw(&logits, &SamplingParams { frequency_penalty: 0.06, ..greedy.clone() }, &[0, 0]), 1);
         assert_eq!(draw(&logits, &SamplingParams { repetition_penalty: 1.5, ..greedy.clone() }, &[0]), 1);
-        assert_eq!(sample(&logits, &greedy, Context { prompt: &[], answer: &[], forbidden: &[0, 1] }), 2);
+        let context = Context { prompt: &[], answer: &[], forbidden: &[0, 1], allowed: None };
+        assert_eq!(sample(&logits, &greedy, context), 2);
         assert_eq!(draw(&logits, &SamplingParams { logit_bias: vec![(2, 5.0)], ..greedy }, &[]), 2);
     }
 
+    #[test]
+    fn an_end_that_is_all_a_grammar_allows_is_drawn_even_where_it_is_forbidden() {
+        let logits = [3.0f32, 2.9, 1.0];
+        let mut allowed = Mask::empty(3);
+        allowed.allow(2);
+        let context = Context { prompt: &[], answer: &[], forbidden: &[2], allowed: Some(&allowed) };
+        assert_eq!(sample(&logits, &SamplingParams::greedy(), context), 2);
+        allowed.allow(1);
+        let context = Context { prompt: &[], answer: &[], forbidden: &[2], allowed: Some(&allowed) };
+        assert_eq!(sample(&logits, &SamplingParams::greedy(), context), 1);
+    }
+
     proptest! {
+        #[test]
+        fn only_allowed_tokens_are_drawn_whatever_the_filters(
+            logits in prop::collection::vec(-50.0f32..50.0, 1..60),
+            picks in prop::collection::vec(any::<prop::sample::Index>(), 1..5),
+            bias in -100.0f32..100.0,
+            top_k in 0u32..3,
+            top_p in 0.05f32..=1.0,
+            min_p in 0.0f32..=1.0,
+            temperature in 0.0f32..2.0,
+            seed: u64,
+        ) {
+            let mut allowed = Mask::empty(logits.len());
+            picks.iter().for_each(|pick| allowed.allow(pick.index(logits.len()) as u32));
+            let logit_bias = vec![(0, bias)];
+            let params =
+                SamplingParams { temperature, top_p, top_k, min_p, seed, logit_bias, ..SamplingParams::greedy() };
+            let context = Context { prompt: &[], answer: &[], forbidden: &[], allowed: Some(&allowed) };
+            prop_assert!(allowed.allows(sample(&logits, &params, context)));
+        }
+
         #[test]
         fn filters_keep_what_they_say(
             logits in prop::collection::vec(-5.0f32..5.0, 1..60),

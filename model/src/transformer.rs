@@ -6,6 +6,7 @@
 use tch::Tensor;
 
 use crate::{
+    batch::{Batch, Segment},
     checkpoint::{self, Checkpoint, Weight},
     config::ModelConfig,
     device::Compute,
@@ -15,11 +16,7 @@ use crate::{
     rope::Rope,
 };
 
-pub use crate::{
-    block::{Block, Dense, FeedForward, Moe},
-    mla::Segment,
-    rope::Positions,
-};
+pub use crate::block::{Block, Dense, FeedForward, Moe};
 
 /// Embedding, layers, last norm and head.
 #[derive(Debug)]
@@ -78,19 +75,32 @@ impl Transformer {
 
     /// The rows of `tokens`, each below the vocabulary's size.
     pub fn embed(&self, tokens: &[u32]) -> Hidden {
-        let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-        let ids = Tensor::from_slice(&ids).to_device(self.compute.torch_device());
-        Hidden(self.embed.index_select(0, &ids))
+        Hidden(lookup(&self.embed, tokens))
     }
 
-    /// Prepares rotary angles for rows at `positions`.
-    pub fn positions(&self, positions: &[i64]) -> Positions<'_> {
-        Positions { rope: &self.rope, angles: self.rope.angles(positions) }
+    /// Prepares a pass over the rows of `segments`, one after the other.
+    pub fn batch(&self, segments: &[Segment]) -> Batch<'_> {
+        Batch::new(segments, &self.rope, self.compute.torch_device(), self.compute.numerics)
+    }
+
+    /// The residual stream after the last layer, normed: what the head sees, and multi-token prediction.
+    pub fn final_norm(&self, x: &Hidden) -> Hidden {
+        Hidden(self.norm.forward(&x.0))
     }
 
     /// Logits `[indices, vocab_size]` of the rows at `indices`, f32.
     pub fn logits(&self, x: &Hidden, indices: &[usize]) -> Vec<f32> {
-        let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
-        Hidden(self.head.forward(&self.norm.forward(&x.select(&indices).0))).to_rows()
+        Hidden(self.head.forward(&self.final_norm(&x.at(indices)).0)).to_rows()
     }
+
+    /// The embedding `[vocab_size, D]` and the head, in the same memory.
+    pub(crate) fn share_ends(&self) -> (Weight, Linear) {
+        (self.embed.share(), self.head.share())
+    }
+}
+
+/// The rows `[T, D]` of `tokens` in `embed` `[vocab_size, D]`.
+pub(crate) fn lookup(embed: &Weight, tokens: &[u32]) -> Tensor {
+    let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
+    embed.index_select(0, &Tensor::from_slice(&ids).to_device(embed.device()))
 }

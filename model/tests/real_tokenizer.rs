@@ -9,6 +9,7 @@ use std::{
     sync::LazyLock,
 };
 
+use conclave_model::grammar::{Grammar, GrammarSpec, Vocabulary};
 use conclave_model::tokenizer::{ChatTemplate, Message, TemplateError, Tokenizer};
 use proptest::prelude::*;
 use serde_json::Value;
@@ -16,6 +17,8 @@ use serde_json::Value;
 const NAMES: [&str; 2] = ["deepseek_v3", "deepseek_v4"];
 static TOKENIZERS: LazyLock<[Tokenizer; 2]> =
     LazyLock::new(|| NAMES.map(|name| Tokenizer::load(&folder(name)).unwrap().unwrap()));
+static BYTES: LazyLock<[Vec<Option<Vec<u8>>>; 2]> =
+    LazyLock::new(|| [0, 1].map(|which| TOKENIZERS[which].token_bytes().unwrap()));
 
 fn folder(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../.deps/tokenizers").join(name);
@@ -52,6 +55,53 @@ fn texts_in_many_scripts_are_encoded_and_decoded_as_the_reference_does() {
             assert_eq!(tokenizer.decode(&encoded, true).unwrap(), decoded, "{name}");
             assert_eq!(tokenizer.decode(&encoded, false).unwrap(), text, "{name}");
         }
+    }
+}
+
+#[test]
+fn the_bytes_of_tokens_make_up_the_text_that_they_decode_to() {
+    for (name, tokenizer) in NAMES.iter().zip(&*TOKENIZERS) {
+        let bytes = tokenizer.token_bytes().unwrap();
+        let of = |ids: &[u32]| -> Vec<u8> {
+            ids.iter().flat_map(|&id| bytes[id as usize].clone().unwrap_or_default()).collect()
+        };
+        for (text, _, _) in encodings(name) {
+            let ids = tokenizer.encode(&text, false).unwrap();
+            if ids.iter().all(|&id| bytes[id as usize].is_some()) {
+                assert_eq!(of(&ids), text.as_bytes(), "{name}: {text}");
+            }
+        }
+        for id in 0..bytes.len() as u32 {
+            if bytes[id as usize].is_some() {
+                let alone = String::from_utf8_lossy(&of(&[id])).into_owned();
+                assert_eq!(alone, tokenizer.decode(&[id], false).unwrap(), "{name}: token {id}");
+            }
+        }
+        // Named or not, what was added is no text: its id is never in a grammar's tree.
+        assert!(bytes.iter().filter(|bytes| bytes.is_none()).count() > 800, "{name}");
+    }
+}
+
+#[test]
+fn json_by_these_vocabularies_follows_a_schema() {
+    for (name, tokenizer) in NAMES.iter().zip(&*TOKENIZERS) {
+        let vocabulary = Vocabulary::new(tokenizer, 129_280).unwrap();
+        let schema = r#"{"type": "object", "properties": {"名": {"type": "string"}, "n": {"type": "integer"}},
+            "required": ["名", "n"], "additionalProperties": false}"#;
+        let grammar = Grammar::compile(&vocabulary, &GrammarSpec::JsonSchema(schema.to_owned())).unwrap();
+        for (text, fits) in
+            [(r#"{"名": "Привет, 世界 🙂", "n": -12}"#, true), (r#"{"n": 1}"#, false), (r#"{"名": 3, "n": 1}"#, false)]
+        {
+            let mut constraint = grammar.constraint().unwrap();
+            let ids = tokenizer.encode(text, false).unwrap();
+            let taken = ids.iter().all(|&id| {
+                let allowed = constraint.allowed(&[1]).unwrap().allows(id);
+                allowed && constraint.take(id).is_ok()
+            });
+            assert_eq!(taken && constraint.is_complete(), fits, "{name}: {text}");
+        }
+        let allowed = grammar.constraint().unwrap().allowed(&[1]).unwrap();
+        assert!(allowed.iter().all(|id| id < 128_000), "{name}: neither special, added nor missing tokens");
     }
 }
 
@@ -111,6 +161,14 @@ proptest! {
         let mut decoder = tokenizer.incremental(&[], false);
         let streamed: String = encoded.iter().map(|&id| decoder.push(id).unwrap()).collect();
         prop_assert_eq!(streamed + &decoder.finish().unwrap(), text);
+    }
+
+    #[test]
+    fn every_text_is_the_bytes_of_its_tokens(text: String, which in 0..NAMES.len()) {
+        let tokenizer = &TOKENIZERS[which];
+        let encoded = tokenizer.encode(&text, false).unwrap();
+        let bytes: Option<Vec<Vec<u8>>> = encoded.iter().map(|&id| BYTES[which][id as usize].clone()).collect();
+        prop_assert_eq!(bytes.unwrap().concat(), text.as_bytes());
     }
 
     #[test]

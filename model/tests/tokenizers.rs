@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use conclave_model::tokenizer::{ChatTemplate, Message, TemplateError, Tokenizer};
 use proptest::prelude::*;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 fn files() -> PathBuf {
@@ -216,4 +216,72 @@ fn a_long_conversation_is_within_the_bounds() {
         .map(|turn| Message { role: ["user", "assistant"][turn % 2].to_owned(), content: "word ".repeat(100) })
         .collect();
     assert!(template.render(&messages, true).unwrap().len() > 1_000_000);
+}
+
+/// A tokenizer with Llama's spelling: a low line for a space, and single bytes for what is no piece.
+fn byte_fallback(decoder: &Value) -> Tokenizer {
+    let mut vocab = serde_json::Map::new();
+    for piece in ["<unk>", "<s>", "</s>"].into_iter().map(str::to_owned).chain((0..256).map(|b| format!("<0x{b:02X}>")))
+    {
+        vocab.insert(piece, json!(vocab.len()));
+    }
+    for piece in ["▁", "a", "▁a", "▁▁", "é", "世"] {
+        vocab.insert(piece.to_owned(), json!(vocab.len()));
+    }
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let dir = TempDir::new().unwrap();
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+        "model": {
+            "type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "vocab": vocab,
+            "merges": ["▁ a", "▁ ▁"],
+        },
+    });
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    Tokenizer::load(dir.path()).unwrap().unwrap()
+}
+
+fn llama_decoder() -> Value {
+    json!({"type": "Sequence", "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]})
+}
+
+#[test]
+fn tokens_of_a_byte_fallback_vocabulary_have_their_bytes() {
+    for decoder in [llama_decoder(), json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"})] {
+        let falls_back = decoder["type"] == "Sequence";
+        let tokenizer = byte_fallback(&decoder);
+        let bytes = tokenizer.token_bytes().unwrap();
+        let of = |token: &str| bytes[tokenizer.token_id(token).unwrap() as usize].clone();
+        assert_eq!(of("</s>"), None);
+        assert_eq!(of("▁a"), Some(b" a".to_vec()));
+        assert_eq!(of("▁▁"), Some(b"  ".to_vec()));
+        assert_eq!(of("世"), Some("世".as_bytes().to_vec()));
+        // A decoder that knows nothing of bytes writes them out.
+        assert_eq!(of("<0xE2>"), Some(if falls_back { vec![0xe2] } else { b"<0xE2>".to_vec() }));
+    }
+    let tokenizer = byte_fallback(&llama_decoder());
+    let bytes = tokenizer.token_bytes().unwrap();
+    for text in ["a a  é 世界", "🙂 a\nбa"] {
+        let ids = tokenizer.encode(text, false).unwrap();
+        let whole: Vec<u8> = ids.iter().flat_map(|&id| bytes[id as usize].clone().unwrap()).collect();
+        assert_eq!(String::from_utf8(whole).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_decoder_that_looks_at_a_token_s_neighbours_gives_it_no_bytes() {
+    let repeats = json!({"type": "CTC", "pad_token": "<s>", "word_delimiter_token": "|", "cleanup": false});
+    for decoder in [repeats, Value::Null] {
+        assert!(byte_fallback(&decoder).token_bytes().unwrap_err().to_string().contains("no bytes of its own"));
+    }
 }

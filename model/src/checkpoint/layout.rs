@@ -22,23 +22,30 @@ pub(super) fn scales_of(weight: &str) -> String {
     format!("{weight}_scale_inv")
 }
 
-/// All tensors of the model itself; multi-token-prediction layers, which come after the last layer, are none of them.
+/// What a multi-token-prediction module has beside its block, but for copies of the embedding and the head: they are the
+/// model's own, and are read there.
+const MTP_PARTS: [&str; 4] = ["enorm", "hnorm", "eh_proj", "shared_head.norm"];
+
+/// Whether `name` can only be of a multi-token-prediction module that counts as layer `layer`. Tensors of a block alone are
+/// none: a config that was cut to fewer layers leaves such behind.
+pub(super) fn is_mtp(name: &str, layer: usize) -> bool {
+    let part = name.strip_prefix(&format!("model.layers.{layer}.")).and_then(|rest| rest.strip_suffix(".weight"));
+    part.is_some_and(|part| MTP_PARTS.contains(&part))
+}
+
+/// All tensors of the model, and of its multi-token-prediction module if `config` has one.
 pub(super) fn expected(config: &ModelConfig) -> Vec<Expected> {
     let mut list = Listing(Vec::new());
     list.plain(EMBEDDING.to_owned(), [config.vocab_size, config.hidden_size]);
     for layer in 0..config.num_hidden_layers {
-        let name = format!("model.layers.{layer}");
-        list.plain(format!("{name}.input_layernorm.weight"), [config.hidden_size]);
-        list.attention(config, &format!("{name}.self_attn"));
-        list.plain(format!("{name}.post_attention_layernorm.weight"), [config.hidden_size]);
-        match config.is_moe(layer) {
-            true => list.experts(config, layer, &format!("{name}.mlp")),
-            false => list.mlp(config.hidden_size, config.intermediate_size, &format!("{name}.mlp"), None),
-        }
+        list.block(config, layer);
     }
     list.plain("model.norm.weight".to_owned(), [config.hidden_size]);
     if !config.tie_word_embeddings {
         list.plain(HEAD.to_owned(), [config.vocab_size, config.hidden_size]);
+    }
+    if let Some(layer) = config.mtp_layer() {
+        list.mtp(config, layer);
     }
     list.0
 }
@@ -57,6 +64,29 @@ impl Listing {
 
     fn linear(&mut self, name: String, out: usize, inner: usize, expert: Option<(usize, usize)>) {
         self.0.push(Expected { name, shape: vec![out, inner], may_be_fp8: true, expert });
+    }
+
+    fn block(&mut self, config: &ModelConfig, layer: usize) {
+        let name = format!("model.layers.{layer}");
+        self.plain(format!("{name}.input_layernorm.weight"), [config.hidden_size]);
+        self.attention(config, &format!("{name}.self_attn"));
+        self.plain(format!("{name}.post_attention_layernorm.weight"), [config.hidden_size]);
+        match config.is_moe(layer) {
+            true => self.experts(config, layer, &format!("{name}.mlp")),
+            false => self.mlp(config.hidden_size, config.intermediate_size, &format!("{name}.mlp"), None),
+        }
+    }
+
+    fn mtp(&mut self, config: &ModelConfig, layer: usize) {
+        let hidden = config.hidden_size;
+        for part in MTP_PARTS {
+            let name = format!("model.layers.{layer}.{part}.weight");
+            match part {
+                "eh_proj" => self.linear(name, hidden, 2 * hidden, None),
+                _ => self.plain(name, [hidden]),
+            }
+        }
+        self.block(config, layer);
     }
 
     fn attention(&mut self, config: &ModelConfig, name: &str) {

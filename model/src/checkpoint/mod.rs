@@ -31,18 +31,28 @@ const SCALES: &str = "F32 or BF16";
 pub struct Checkpoint {
     dir: PathBuf,
     config: ModelConfig,
-    /// Only the tensors that the model uses; others in the files (multi-token prediction, a tied head) are forgotten.
+    /// `config.json` speaks of multi-token prediction, and the files hold none.
+    lacks_mtp: bool,
+    /// Only the tensors that the model uses; others in the files (a tied head, a second embedding) are forgotten.
     files: Files,
 }
 
 impl Checkpoint {
     /// Opens `dir`: reads `config.json`, the index and the headers, and checks them against each other. No weight is read.
     ///
+    /// Multi-token prediction is there whole, or not at all, whatever `config.json` says; then the config has it no more.
+    ///
     /// # Errors
     /// The first thing found wrong; see [`Error`].
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let config = ModelConfig::load(dir)?;
-        let mut checkpoint = Self { dir: dir.to_owned(), config, files: Files::open(dir)? };
+        let mut config = ModelConfig::load(dir)?;
+        let files = Files::open(dir)?;
+        let held = |layer| files.tensors.keys().any(|name| layout::is_mtp(name, layer));
+        let lacks_mtp = config.mtp_layer().is_some_and(|layer| !held(layer));
+        if lacks_mtp {
+            config.num_nextn_predict_layers = 0;
+        }
+        let mut checkpoint = Self { dir: dir.to_owned(), config, lacks_mtp, files };
         checkpoint.check()?;
         Ok(checkpoint)
     }
@@ -51,8 +61,18 @@ impl Checkpoint {
         &self.dir
     }
 
+    /// The folder's own name, which is what people call the model.
+    pub fn name(&self) -> String {
+        self.dir.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+    }
+
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Whether `config.json` speaks of multi-token prediction though the files hold no tensor of it.
+    pub fn lacks_mtp(&self) -> bool {
+        self.lacks_mtp
     }
 
     /// The weight `name` of shape `shape`, on the CPU: F32, BF16 and F16 without a copy where the file aligns them, FP8

@@ -49,6 +49,11 @@ impl Weight {
         Ok(Self { tensor, map: Some(Arc::new(map)) })
     }
 
+    /// Another hold on the same memory.
+    pub(crate) fn share(&self) -> Self {
+        Self { tensor: self.tensor.shallow_clone(), map: self.map.clone() }
+    }
+
     /// The same values as `kind` on `device`. Itself if it is that already; else a copy, and the map is let go.
     pub fn to(self, kind: Kind, device: Device) -> Self {
         if self.tensor.kind() == kind && self.tensor.device() == device {

@@ -92,7 +92,8 @@ pub struct ModelConfig {
     /// Whether `q_a_proj`, `kv_a_proj_with_mqa` and `o_proj` have biases.
     pub attention_bias: bool,
     pub tie_word_embeddings: bool,
-    /// Multi-token-prediction layers that the file says it has; they are not loaded.
+    /// Multi-token-prediction modules that the file says it has, of which the first is used. An open checkpoint's config
+    /// says 0 where the files hold none: `transformers` writes 1 without them.
     pub num_nextn_predict_layers: usize,
     pub quantization: Option<Fp8Blocks>,
     /// Ids within the vocabulary; empty when the file names none.
@@ -104,7 +105,8 @@ pub struct ModelConfig {
 
 /// No dimension of a model of these families comes near it, and products of three stay below 2^63.
 const MAX_SIZE: usize = 1 << 20;
-const MAX_LAYERS: usize = 1 << 10;
+/// One layer of multi-token prediction comes on top.
+const MAX_LAYERS: usize = (1 << 10) - 1;
 /// Expert ids travel as u16.
 const MAX_EXPERTS: usize = 1 << 16;
 const MAX_CONTEXT: usize = 1 << 31;
@@ -191,15 +193,24 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// Whether layer `layer` sends its rows to routed experts; the others are dense. As DeepSeek's own model code has it.
-    pub fn is_moe(&self, layer: usize) -> bool {
-        (self.first_k_dense_replace..self.num_hidden_layers).contains(&layer)
-            && layer.is_multiple_of(self.moe_layer_freq)
+    /// The layer that multi-token prediction counts as: the first after the model's own.
+    pub fn mtp_layer(&self) -> Option<usize> {
+        (self.num_nextn_predict_layers > 0).then_some(self.num_hidden_layers)
     }
 
-    /// The layers with routed experts, ascending.
+    /// The model's own layers and that of multi-token prediction.
+    pub fn layers(&self) -> usize {
+        self.mtp_layer().map_or(self.num_hidden_layers, |layer| layer + 1)
+    }
+
+    /// Whether layer `layer` sends its rows to routed experts; the others are dense. As DeepSeek's own model code has it.
+    pub fn is_moe(&self, layer: usize) -> bool {
+        (self.first_k_dense_replace..self.layers()).contains(&layer) && layer.is_multiple_of(self.moe_layer_freq)
+    }
+
+    /// The layers with routed experts, ascending; that of multi-token prediction is the last of them.
     pub fn moe_layers(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..self.num_hidden_layers).filter(|&layer| self.is_moe(layer))
+        (0..self.layers()).filter(|&layer| self.is_moe(layer))
     }
 }
 

@@ -150,7 +150,7 @@ fn every_bad_value_gets_one_error_that_names_file_key_and_range() {
         (json!({"hidden_size": 1e99}), "hidden_size is 1e+99, expected a whole number"),
         (json!({"hidden_size": "7168"}), "hidden_size is \"7168\", expected a whole number"),
         (json!({"vocab_size": null}), "vocab_size is missing"),
-        (json!({"num_hidden_layers": 5000}), "num_hidden_layers is 5000, out of range: 1 to 1024"),
+        (json!({"num_hidden_layers": 5000}), "num_hidden_layers is 5000, out of range: 1 to 1023"),
         (json!({"n_routed_experts": 65537}), "n_routed_experts is 65537, out of range"),
         (json!({"num_experts_per_tok": 257}), "num_experts_per_tok is 257, out of range: 1 to 256"),
         (json!({"num_experts_per_tok": 129}), "num_experts_per_tok is 129, out of range: 1 to 128"),

@@ -5,6 +5,7 @@
 mod chat_template;
 mod incremental;
 mod template_functions;
+mod token_bytes;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

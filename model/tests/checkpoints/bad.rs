@@ -43,6 +43,26 @@ fn a_missing_shard() {
 }
 
 #[test]
+fn a_multi_token_prediction_module_that_is_not_whole() {
+    let eh_proj = "model.layers.2.eh_proj.weight";
+    let expert = "model.layers.2.mlp.experts.3.up_proj.weight";
+    for missing in ["model.layers.2.shared_head.norm.weight", "model.layers.2.self_attn.o_proj.weight", eh_proj, expert]
+    {
+        let error = spoilt(|folder| {
+            *folder = Folder::small_with_mtp();
+            folder.tensors.remove(missing);
+        });
+        says(&error, &["model.safetensors", missing, "missing"]);
+    }
+    let error = spoilt(|folder| {
+        *folder = Folder::small_with_mtp();
+        folder.add(eh_proj, &[8, 8]);
+    });
+    assert!(matches!(error, Error::WrongShape { .. }));
+    says(&error, &[eh_proj, "[8, 8]", "[8, 16]"]);
+}
+
+#[test]
 fn a_truncated_file() {
     let dir = TempDir::new().unwrap();
     Folder::small().write(dir.path());

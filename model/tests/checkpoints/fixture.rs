@@ -56,30 +56,53 @@ impl Folder {
         folder.add("model.embed_tokens.weight", &[16, hidden]);
         folder.add("model.norm.weight", &[hidden]);
         folder.add("lm_head.weight", &[16, hidden]);
-        for layer in 0..2 {
-            let name = format!("model.layers.{layer}");
-            folder.add(&format!("{name}.input_layernorm.weight"), &[hidden]);
-            folder.add(&format!("{name}.post_attention_layernorm.weight"), &[hidden]);
-            folder.add(&format!("{name}.self_attn.q_a_proj.weight"), &[6, hidden]);
-            folder.add(&format!("{name}.self_attn.q_a_layernorm.weight"), &[6]);
-            folder.add(&format!("{name}.self_attn.q_b_proj.weight"), &[12, 6]);
-            folder.add(&format!("{name}.self_attn.kv_a_proj_with_mqa.weight"), &[7, hidden]);
-            folder.add(&format!("{name}.self_attn.kv_a_layernorm.weight"), &[5]);
-            folder.add(&format!("{name}.self_attn.kv_b_proj.weight"), &[14, 5]);
-            folder.add(&format!("{name}.self_attn.o_proj.weight"), &[hidden, 6]);
-        }
+        folder.attention(0, hidden);
+        folder.attention(1, hidden);
         folder.mlp("model.layers.0.mlp", hidden, 12);
-        folder.add("model.layers.1.mlp.gate.weight", &[EXPERTS, hidden]);
-        folder.add("model.layers.1.mlp.gate.e_score_correction_bias", &[EXPERTS]);
-        folder.mlp("model.layers.1.mlp.shared_experts", hidden, 2 * moe);
-        for expert in 0..EXPERTS {
-            folder.mlp(&format!("model.layers.1.mlp.experts.{expert}"), hidden, moe);
+        folder.moe(1, hidden, moe);
+        folder
+    }
+
+    /// [`Folder::small`] with a whole multi-token-prediction module, its own embedding and head included.
+    pub(crate) fn small_with_mtp() -> Self {
+        let mut folder = Self::small();
+        folder.config["num_nextn_predict_layers"] = json!(1);
+        folder.attention(2, 8);
+        folder.moe(2, 8, 4);
+        for (part, shape) in [("enorm", [8].as_slice()), ("hnorm", &[8]), ("eh_proj", &[8, 16])] {
+            folder.add(&format!("model.layers.2.{part}.weight"), shape);
         }
+        folder.add("model.layers.2.embed_tokens.weight", &[16, 8]);
+        folder.add("model.layers.2.shared_head.norm.weight", &[8]);
+        folder.add("model.layers.2.shared_head.head.weight", &[16, 8]);
         folder
     }
 
     pub(crate) fn small() -> Self {
         Self::v3(8, 4)
+    }
+
+    fn attention(&mut self, layer: usize, hidden: usize) {
+        let name = format!("model.layers.{layer}");
+        self.add(&format!("{name}.input_layernorm.weight"), &[hidden]);
+        self.add(&format!("{name}.post_attention_layernorm.weight"), &[hidden]);
+        self.add(&format!("{name}.self_attn.q_a_proj.weight"), &[6, hidden]);
+        self.add(&format!("{name}.self_attn.q_a_layernorm.weight"), &[6]);
+        self.add(&format!("{name}.self_attn.q_b_proj.weight"), &[12, 6]);
+        self.add(&format!("{name}.self_attn.kv_a_proj_with_mqa.weight"), &[7, hidden]);
+        self.add(&format!("{name}.self_attn.kv_a_layernorm.weight"), &[5]);
+        self.add(&format!("{name}.self_attn.kv_b_proj.weight"), &[14, 5]);
+        self.add(&format!("{name}.self_attn.o_proj.weight"), &[hidden, 6]);
+    }
+
+    fn moe(&mut self, layer: usize, hidden: usize, moe: usize) {
+        let name = format!("model.layers.{layer}.mlp");
+        self.add(&format!("{name}.gate.weight"), &[EXPERTS, hidden]);
+        self.add(&format!("{name}.gate.e_score_correction_bias"), &[EXPERTS]);
+        self.mlp(&format!("{name}.shared_experts"), hidden, 2 * moe);
+        for expert in 0..EXPERTS {
+            self.mlp(&format!("{name}.experts.{expert}"), hidden, moe);
+        }
     }
 
     fn mlp(&mut self, name: &str, hidden: usize, inner: usize) {

@@ -145,15 +145,39 @@ fn a_tied_head_is_the_embedding_even_if_the_file_has_another() {
 }
 
 #[test]
-fn layers_for_multi_token_prediction_are_ignored() {
-    let mut folder = Folder::small();
-    folder.config["num_nextn_predict_layers"] = json!(1);
-    let (_dir, without) = open(&folder);
-    folder.add("model.layers.2.eh_proj.weight", &[3, 3]);
-    folder.add("model.layers.2.mlp.experts.0.up_proj.weight", &[1]);
-    let (_dir, with) = open(&folder);
-    assert_eq!(without.identity().unwrap(), with.identity().unwrap());
-    assert!(with.load("model.layers.2.eh_proj.weight", &[3, 3]).is_err());
+fn a_multi_token_prediction_module_is_one_layer_more_with_experts_of_its_own() {
+    let folder = Folder::small_with_mtp();
+    let (_dir, checkpoint) = open(&folder);
+    let config = checkpoint.config();
+    assert_eq!((config.layers(), config.mtp_layer()), (3, Some(2)));
+    assert_eq!(config.moe_layers().collect::<Vec<_>>(), [1, 2]);
+    let name = "model.layers.2.mlp.experts.3.up_proj.weight";
+    assert_eq!(values(&checkpoint.load(name, &[4, 8]).unwrap()), folder.tensors[name].values());
+    assert!(checkpoint.load("model.layers.2.eh_proj.weight", &[8, 16]).is_ok());
+    // The second embedding and head are not read, and do not count.
+    assert!(checkpoint.load("model.layers.2.embed_tokens.weight", &[16, 8]).is_err());
+    let mut without_copies = folder;
+    without_copies.tensors.retain(|name, _| !name.contains("layers.2.embed") && !name.contains("shared_head.head"));
+    let (_dir, lean) = open(&without_copies);
+    assert_eq!(lean.identity().unwrap(), checkpoint.identity().unwrap());
+    assert_eq!(lean.tensor_bytes(), checkpoint.tensor_bytes());
+}
+
+#[test]
+fn multi_token_prediction_is_off_where_config_or_files_have_none() {
+    let (_dir, plain) = open(&Folder::small());
+    let mut unannounced = Folder::small_with_mtp();
+    unannounced.config["num_nextn_predict_layers"] = json!(0);
+    let (_dir, unannounced) = open(&unannounced);
+    // transformers saves no such tensors; a config that was cut to fewer layers leaves whole blocks behind.
+    let mut cut = Folder::small_with_mtp();
+    cut.tensors.retain(|name, _| !name.contains("layers.2") || name.contains("self_attn") || name.contains("mlp"));
+    let (_dir, cut) = open(&cut);
+    for (checkpoint, lacks) in [(&plain, false), (&unannounced, false), (&cut, true)] {
+        assert_eq!(checkpoint.lacks_mtp(), lacks);
+        assert_eq!((checkpoint.config().layers(), checkpoint.config().mtp_layer()), (2, None));
+        assert_eq!(checkpoint.identity().unwrap(), plain.identity().unwrap());
+    }
 }
 
 #[test]

@@ -5,7 +5,9 @@
     .deps/bench/bin/python tests/golden/generate.py --seed 7 --out DIR   others of the same shapes
 
 Each folder is a checkpoint and beside it `expected.safetensors`: for i = 0, 1, 2 `prompt_i` (i64 [T]), `logits_i` (f32
-[T, vocab], every position) and `greedy_i` (i64 [24]: what follows the prompt, ends of sequence not honoured).
+[T, vocab], every position) and `greedy_i` (i64 [24]: what follows the prompt, ends of sequence not honoured). Where there
+is a multi-token-prediction module also `mtp_logits_i` (f32 [T + 23, vocab]): row p is what it drafts for position p + 2 of
+prompt and greedy tokens, knowing those up to p + 1.
 """
 
 import argparse
@@ -28,6 +30,8 @@ TOKEN_MARGIN = 5e-3
 GATE_MARGIN = 2e-5
 # A quarter of the 1e-4 that readers are held to.
 ROUNDING = 2.5e-5
+# Of all drafts, so that a reader meets both: drafts to accept and drafts to reject.
+ACCEPTED = (0.55, 0.9)
 
 
 class CloseCall(Exception):
@@ -35,8 +39,10 @@ class CloseCall(Exception):
 
 
 def reference_config(shape: Shape) -> transformers.PreTrainedConfig:
-    """The shape as the reference's configuration class knows it. (A deep copy: the class edits what it is given.)"""
+    """The shape as the reference's configuration class knows it. (A deep copy: the class edits what it is given.) The
+    block of a multi-token-prediction module is one layer more."""
     arguments = {key: dict(value) if isinstance(value, dict) else value for key, value in shape.config.items()}
+    arguments["num_hidden_layers"] += shape.with_mtp
     return reference.CONFIGS[shape.reference](**arguments)
 
 
@@ -50,7 +56,10 @@ def official_shapes(shape: Shape, scratch: Path) -> dict[str, list[int]]:
 def random_tensors(shape: Shape, scratch: Path, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """All tensors of the shape, in f32."""
     sizes = official_shapes(shape, scratch)
-    return {name: weights.draw(name, sizes[name], shape, generator) for name in sorted(sizes)}
+    tensors = {name: weights.draw(name, sizes[name], shape, generator) for name in sorted(sizes)}
+    if shape.with_mtp:
+        tensors |= weights.mtp_tensors(shape.config["num_hidden_layers"], tensors, generator)
+    return tensors
 
 
 def write_readable(folder: Path, shape: Shape, tensors: dict[str, torch.Tensor]) -> None:
@@ -66,28 +75,43 @@ def make(shape: Shape, seed: int, out: Path) -> str:
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         stored = weights.store(random_tensors(shape, scratch / "shapes", generator), shape.storage)
-        write_readable(scratch / "readable", shape, weights.restore(stored))
+        readable = weights.restore(stored)
+        write_readable(scratch / "readable", shape, readable)
         model = reference.load(scratch / "readable", shape.reference)
         margins = reference.Margins()
         reference.watch_gates(model, shape.reference, margins)
+        module = reference.DraftModule(model, readable) if shape.with_mtp else None
         prompts = [torch.randint(3, VOCAB, (length,), generator=generator) for length in LENGTHS]
         answers = [reference.answer(model, prompt, DRAWN, margins) for prompt in prompts]
+        if module:
+            for one in answers:
+                module.add_to(one)
         refuse_close_calls(shape, answers, margins)
         exact = reference.load(scratch / "readable", shape.reference, torch.float64)
+        exact_module = reference.DraftModule(exact, readable) if shape.with_mtp else None
         rounding = max(reference.distance(exact, one) for one in answers)
+        if exact_module:
+            rounding = max(rounding, *(exact_module.distance(one) for one in answers))
         if rounding > ROUNDING:
             raise CloseCall
         if shape.official is None:
             own = reference.load(scratch / "readable", shape.reference, weights.FLOATS[shape.storage])
             own.save_pretrained(out, **({"max_shard_size": shape.shard_bytes} if shape.shard_bytes else {}))
         else:
-            if shape.with_mtp_tensors:
+            if shape.stray_mtp_tensors:
                 config = shape.config
-                stored |= weights.mtp_tensors(config["num_hidden_layers"], config["hidden_size"], generator)
+                stored |= weights.stray_mtp_tensors(config["num_hidden_layers"], config["hidden_size"], generator)
             layout.write_official(out, shape, stored)
+        if shape.with_mtp:
+            # As it was published, the reference reads it too, and leaves the module alone.
+            published = reference.load(out, shape.reference)
+            if any(reference.distance(published, one) > 0.0 for one in answers):
+                raise SystemExit(f"{shape.name}: the reference computes something else from the finished folder")
     tensors = {}
     for index, one in enumerate(answers):
         tensors |= {f"prompt_{index}": one.prompt, f"logits_{index}": one.logits, f"greedy_{index}": one.greedy}
+        if one.drafts is not None:
+            tensors[f"mtp_logits_{index}"] = one.drafts
     torch_release = torch.__version__.split("+")[0]
     made_by = f"seed {seed}, transformers {transformers.__version__}, torch {torch_release}"
     layout.write_expected(out / "expected.safetensors", tensors, made_by)
@@ -106,6 +130,12 @@ def refuse_close_calls(shape: Shape, answers: list[reference.Answer], margins: r
         raise CloseCall
     if any(len(set(one.greedy.tolist())) < DRAWN // 3 for one in answers):
         raise CloseCall
+    if shape.with_mtp:
+        drafts = [reference.drafted(one) for one in answers]
+        right = [each for rights, _ in drafts for each in rights]
+        low, high = ACCEPTED
+        if not low <= sum(right) / len(right) <= high or min(margin for _, margin in drafts) < TOKEN_MARGIN:
+            raise CloseCall
 
 
 def describe(
@@ -114,14 +144,20 @@ def describe(
     """One line about a finished golden."""
     size = sum(file.stat().st_size for file in out.iterdir())
     spread = answers[-1].logits.std().item()
-    layers = shape.config["num_hidden_layers"] - shape.config["first_k_dense_replace"]
+    layers = shape.config["num_hidden_layers"] + shape.with_mtp - shape.config["first_k_dense_replace"]
     experts = layers * shape.config["n_routed_experts"]
     return (
         f"{shape.name}: seed {seed}, {size / 1000:.0f} kB, logits std {spread:.2f}, {rounding:.1e} from f64;"
         f" margins: token {margins.token:.1e}, expert {margins.expert:.1e}, group {margins.group:.1e};"
         f" selection scores {margins.lowest_score:.2f} to {margins.highest_score:.2f},"
         f" {len(margins.chosen)} of {experts} experts chosen"
-    )
+    ) + (f"; {acceptance(answers)}" if shape.with_mtp else "")
+
+
+def acceptance(answers: list[reference.Answer]) -> str:
+    """How many drafts are right, for each prompt."""
+    rights = [reference.drafted(one)[0] for one in answers]
+    return "drafts right: " + ", ".join(f"{sum(right)} of {len(right)}" for right in rights)
 
 
 def make_safe(shape: Shape, seed: int, out: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
     DeepseekV2Config,
     DeepseekV2ForCausalLM,
@@ -45,6 +46,8 @@ class Answer:
     logits: torch.Tensor
     """[tokens, vocab]: of every position of the prompt."""
     greedy: torch.Tensor
+    drafts: torch.Tensor | None = None
+    """[tokens + drawn - 1, vocab]: the draft module's logits of every position that has a next token."""
 
 
 def load(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -106,3 +109,55 @@ def answer(model: PreTrainedModel, prompt: torch.Tensor, drawn: int, margins: Ma
 def distance(model: PreTrainedModel, known: Answer) -> float:
     """The largest difference between `model`'s logits and the `known` ones: for an f64 model, what rounding does."""
     return (model(known.prompt[None], use_cache=False).logits[0].float() - known.logits).abs().max().item()
+
+
+class DraftModule:
+    """DeepSeek-V3's multi-token prediction, of which transformers has the block only: arXiv 2412.19437, section 2.2.
+
+    The block is the reference's own. It was loaded as one layer more behind the last, and is taken off the model here.
+    """
+
+    def __init__(self, model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+        """Of a model that was loaded with one layer too many, and the file's tensors in f32."""
+        model.config.num_hidden_layers -= 1
+        index = model.config.num_hidden_layers
+        self.model, self.block = model, model.model.layers[index]
+        part = lambda name: tensors[f"model.layers.{index}.{name}.weight"].to(model.dtype)  # noqa: E731
+        self.enorm, self.hnorm, self.eh_proj = part("enorm"), part("hnorm"), part("eh_proj")
+        self.head_norm, self.head = part("shared_head.norm"), part("shared_head.head")
+        self.embedding = part("embed_tokens")
+
+    def norm(self, rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Root-mean-square normalisation."""
+        return functional.rms_norm(rows, weight.shape, weight, self.model.config.rms_norm_eps)
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Row i is about token i + 2: it sees the main model's last hidden state of token i, final norm and all, and the
+        embedding of token i + 1, which is zero in row 0."""
+        hidden = self.model.model(tokens[None], use_cache=False).last_hidden_state[0, :-1]
+        embedded = functional.embedding(tokens[1:], self.embedding)
+        embedded[0] = 0.0
+        joined = torch.cat([self.norm(embedded, self.enorm), self.norm(hidden, self.hnorm)], dim=-1) @ self.eh_proj.T
+        count = len(joined)
+        angles = self.model.model.rotary_emb(joined[None], torch.arange(count)[None])
+        mask = torch.full((count, count), float("-inf"), dtype=joined.dtype).triu(1)[None, None]
+        out = self.block(joined[None], attention_mask=mask, position_embeddings=angles)[0]
+        return self.norm(out, self.head_norm) @ self.head.T
+
+    def add_to(self, answer: Answer) -> None:
+        """Notes the drafts along a prompt and what was drawn after it."""
+        answer.drafts = self.logits(torch.cat([answer.prompt, answer.greedy])).float()
+
+    def distance(self, known: Answer) -> float:
+        """The largest difference from `known` drafts."""
+        return (self.logits(torch.cat([known.prompt, known.greedy])).float() - known.drafts).abs().max().item()
+
+
+def drafted(known: Answer) -> tuple[list[bool], float]:
+    """Which of the drafts along the drawn tokens are right, and by how much the closest of them leads."""
+    first = len(known.prompt) - 1
+    rows = known.drafts[first : first + len(known.greedy) - 1]
+    best = rows.topk(2, dim=-1)
+    right = (best.indices[:, 0] == known.greedy[1:]).tolist()
+    return right, (best.values[:, 0] - best.values[:, 1]).min().item()

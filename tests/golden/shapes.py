@@ -28,8 +28,13 @@ class Shape:
     """Range of e_score_correction_bias."""
     latent_gain: float = 1.0
     """Small: the latents' variance comes near their norm's epsilon, so a wrong epsilon shows in the logits."""
-    with_mtp_tensors: bool = False
-    """Adds tensors of a multi-token-prediction layer behind the last layer; a reader has to leave them alone."""
+    residual_gain: float | None = None
+    """Of what attention and feed-forward networks add to the residual stream. Small: what follows a token is decided by
+    that token, nearly; so a draft can be right."""
+    with_mtp: bool = False
+    """Adds a multi-token-prediction module that is often right, and the answers expected of it."""
+    stray_mtp_tensors: bool = False
+    """Adds tensors of a multi-token-prediction layer that config.json does not speak of; a reader leaves them alone."""
     drop: tuple[str, ...] = ()
     """Keys that this family's official config.json does not have."""
 
@@ -155,14 +160,36 @@ SHAPES = [
             topk_group=2,
             norm_topk_prob=True,
             routed_scaling_factor=2.5,
-            num_nextn_predict_layers=1,
+            num_nextn_predict_layers=0,
             **yarn(40, 64, 1.0),
         ),
         storage="fp8",
         official=NOAUX,
         # Every selection score is below zero: masking with 0 instead of minus infinity would pick masked experts.
         bias=(-1.4, -1.1),
-        with_mtp_tensors=True,
+        stray_mtp_tensors=True,
+    ),
+    Shape(
+        "v3_mtp",
+        "v3",
+        # The module's layer has experts of its own, as many as the others, and counts as layer 2.
+        sizes(
+            num_hidden_layers=2,
+            n_routed_experts=12,
+            n_shared_experts=1,
+            num_experts_per_tok=3,
+            n_group=4,
+            topk_group=2,
+            norm_topk_prob=True,
+            routed_scaling_factor=2.5,
+            num_nextn_predict_layers=1,
+            **yarn(40, 64, 1.0),
+        ),
+        official=NOAUX,
+        shard_bytes=200_000,
+        bias=(0.02, 0.3),
+        residual_gain=0.1,
+        with_mtp=True,
     ),
     Shape(
         "moonlight",

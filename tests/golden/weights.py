@@ -13,6 +13,8 @@ BLOCK = 128
 FP8_MAX = 448.0
 GAIN = 1.2
 HEAD_GAIN = 2.0
+# Of the noise that eh_proj adds to the embedding it lets through, and of what it makes of the hidden state.
+DRAFT_NOISE = 0.1
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 NOT_QUANTISED = ("norm.weight", "layernorm.weight", "embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
 
@@ -35,6 +37,8 @@ def gain(name: str, rows: int, shape: Shape) -> float | torch.Tensor:
     """The standard deviation of a linear layer's output, for an input of deviation one; a tensor: one for each row."""
     if "lm_head" in name:
         return HEAD_GAIN
+    if shape.residual_gain is not None and ("o_proj" in name or "down_proj" in name):
+        return shape.residual_gain
     if "q_a_proj" in name:
         return shape.latent_gain
     if "kv_a_proj" in name:
@@ -88,8 +92,26 @@ def restore(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return restored
 
 
-def mtp_tensors(layer: int, hidden: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """The small tensors of a multi-token-prediction layer, named as in DeepSeek-V3's own files."""
+def mtp_tensors(layer: int, tensors: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """What a multi-token-prediction module has beside the block of layer `layer`, named as in DeepSeek-V3's own files:
+    eh_proj lets the embedding through, nearly, and the norms resemble the main model's; embedding and head are copies."""
+    embedding, norm = tensors["model.embed_tokens.weight"], tensors["model.norm.weight"]
+    hidden = embedding.shape[1]
+    noise = DRAFT_NOISE * torch.randn(hidden, 2 * hidden, generator=generator) / math.sqrt(hidden)
+    through = torch.cat([torch.eye(hidden), torch.zeros(hidden, hidden)], dim=1)
+    parts = {
+        "embed_tokens": embedding,
+        "enorm": 1.0 + 0.1 * torch.randn(hidden, generator=generator),
+        "hnorm": 1.0 + 0.2 * torch.randn(hidden, generator=generator),
+        "eh_proj": through + noise,
+        "shared_head.norm": norm + 0.05 * torch.randn(hidden, generator=generator),
+        "shared_head.head": tensors["lm_head.weight"],
+    }
+    return {f"model.layers.{layer}.{part}.weight": tensor for part, tensor in parts.items()}
+
+
+def stray_mtp_tensors(layer: int, hidden: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Some small tensors of a multi-token-prediction layer."""
     prefix = f"model.layers.{layer}."
     norms = ("enorm", "hnorm", "shared_head.norm", "input_layernorm")
     tensors = {f"{prefix}{norm}.weight": torch.ones(hidden, dtype=torch.bfloat16) for norm in norms}

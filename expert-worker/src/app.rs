@@ -7,9 +7,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use conclave_model::checkpoint::Checkpoint;
+use conclave_model::checkpoint::{self, Checkpoint};
 use conclave_model::device::{self, Compute, Dtype};
-use conclave_placement::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, WorkerId, default_name};
+use conclave_placement::ids::{Incarnation, InvalidName, PlanVersion, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
 use conclave_placement::state::{ModelIdentity, Residency, WorkerRecord, WorkerState};
@@ -147,8 +147,8 @@ struct Prepared {
 async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     config.device.open()?;
     let compute = Compute { device: config.device, dtype: config.dtype, numerics: config.numerics };
-    let (checkpoint, digests) = loader::open(&config.model).await?;
-    let model = Model::new(Arc::clone(&checkpoint), digests.config_digest, digests.checkpoint_digest, config.dtype);
+    let (checkpoint, identity) = loader::open(&config.model).await?;
+    let model = Model::new(&checkpoint, identity, config.dtype);
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
     model_key::agree(&*store, &keys, &model.identity).await?;
@@ -172,27 +172,25 @@ struct Model {
 }
 
 impl Model {
-    fn new(checkpoint: Arc<Checkpoint>, config_digest: String, checkpoint_digest: String, dtype: Dtype) -> Self {
+    fn new(checkpoint: &Checkpoint, identity: checkpoint::Identity, dtype: Dtype) -> Self {
         let config = checkpoint.config();
-        let name = checkpoint.dir().file_name().map(|name| name.to_string_lossy().into_owned());
-        let moe_layers: Vec<LayerIdx> = config.moe_layers().map(|layer| LayerIdx(layer as u32)).collect();
-        let experts = config.n_routed_experts as u32;
+        let identity = ModelIdentity::new(
+            checkpoint.name(),
+            [identity.config_digest, identity.checkpoint_digest],
+            config.layers(),
+            config.moe_layers(),
+            config.n_routed_experts,
+            checkpoint.expert_bytes(),
+        );
+        let (experts, moe_layers) = (identity.experts, identity.moe_layers.clone());
         let value_bytes = match dtype {
             Dtype::F32 => 4,
             Dtype::Bf16 => 2,
         };
         Self {
-            shape: Shape { hidden: config.hidden_size, experts, moe_layers: moe_layers.clone() },
+            shape: Shape { hidden: config.hidden_size, experts, moe_layers },
             expert_bytes: 3 * config.hidden_size as u64 * config.moe_intermediate_size as u64 * value_bytes,
-            identity: ModelIdentity {
-                name: name.unwrap_or_default(),
-                config_digest,
-                checkpoint_digest,
-                layers: config.num_hidden_layers as u32,
-                moe_layers,
-                experts,
-                expert_bytes: checkpoint.expert_bytes(),
-            },
+            identity,
         }
     }
 
@@ -310,5 +308,24 @@ impl Worker {
             executor.close().await;
         }
         tracing::info!(id = %self.id, "left the cluster");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use conclave_model::expert::Expert;
+    use conclave_placement::ids::LayerIdx;
+
+    #[test]
+    fn the_experts_of_multi_token_prediction_are_placed_and_served_like_the_others() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v3_mtp");
+        let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
+        let model = Model::new(&checkpoint, checkpoint.identity().unwrap(), Dtype::F32);
+        let (identity, layers) = (&model.identity, [LayerIdx(1), LayerIdx(2)]);
+        assert_eq!((identity.name.as_str(), identity.layers, identity.experts), ("v3_mtp", 3, 12));
+        assert_eq!((&identity.moe_layers[..], &model.shape.moe_layers[..]), (&layers[..], &layers[..]));
+        assert_eq!(ModelIdentity::decode(&identity.encode()).unwrap(), *identity);
+        Expert::load(&checkpoint, 2, 11, Compute::REFERENCE).unwrap();
     }
 }

@@ -1,15 +1,14 @@
 //! What an operator decides for one worker: flags, environment and config file come in through the runtime, checked
 //! values go out. Nothing is opened or bound here.
 
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Parser;
 use conclave_model::device::{Device, Dtype, Numerics};
 use conclave_placement::ids::{Cluster, WorkerId};
 use conclave_runtime::config;
+use conclave_runtime::memory::Memory;
 use conclave_runtime::telemetry::LogFormat;
 use serde::Serialize;
 
@@ -84,46 +83,9 @@ impl Config {
     }
 }
 
-/// A number of bytes, written as one or with KiB, MiB, GiB or TiB. 0 is no limit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Memory(pub u64);
-
-/// A size nobody can read.
-#[derive(Debug, thiserror::Error)]
-#[error("{0:?} is no size: write bytes, or a number with KiB, MiB, GiB or TiB")]
-pub struct BadMemory(String);
-
-impl FromStr for Memory {
-    type Err = BadMemory;
-
-    fn from_str(text: &str) -> Result<Self, BadMemory> {
-        let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
-        let unit = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, 1u64 << shift)));
-        let (number, unit) = unit.unwrap_or((text, 1));
-        let bytes = number.trim_end().parse().ok().and_then(|number: u64| number.checked_mul(unit));
-        bytes.map(Self).ok_or_else(|| BadMemory(text.to_owned()))
-    }
-}
-
-impl fmt::Display for Memory {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes_are_read_with_and_without_units() {
-        for (text, bytes) in [("0", 0), ("1024", 1024), ("3KiB", 3072), ("16GiB", 16 << 30), ("2 TiB", 2 << 40)] {
-            assert_eq!(text.parse::<Memory>().unwrap().0, bytes, "{text}");
-        }
-        for bad in ["", "GiB", "1GB", "-1", "1.5GiB", "99999999999TiB"] {
-            assert!(bad.parse::<Memory>().is_err(), "{bad:?} should be refused");
-        }
-    }
 
     #[test]
     fn the_flags_are_consistent() {

@@ -4,6 +4,7 @@
 
 // From start to end.
 pub mod config;
+pub mod memory;
 pub mod telemetry;
 
 pub mod parent;

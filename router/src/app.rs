@@ -7,16 +7,18 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use conclave_model::{
+    cache::{BLOCK_TOKENS, KvCache},
     checkpoint::{self, Checkpoint},
     config::{self as model_config, ModelConfig},
-    device::{self, init_thread},
+    device::{self, Compute, init_thread},
     generation::GenerationConfig,
+    mtp::Mtp,
     tokenizer::{self, ChatTemplate, TemplateError, Tokenizer},
     transformer::Transformer,
 };
 use conclave_placement::{
     election::Election,
-    ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, default_name},
+    ids::{Incarnation, InvalidName, PlanVersion, RouterId, default_name},
     keys::Keys,
     model_key::{self, IdentityError},
     state::{ModelIdentity, RouterRecord},
@@ -32,17 +34,18 @@ use conclave_runtime::{
 };
 use tokio::{sync::oneshot, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     api::{ApiState, Limits, ServedModel, Service},
-    config::Config,
+    config::{Config, Speculative},
     control,
-    engine::Engine,
-    metrics,
+    engine::{Drafter, Engine},
+    kv_memory,
+    metrics::{self, EngineCounters},
     moe::Exchange,
     registration::Registration,
-    scheduler::{self, Scheduler},
+    scheduler::{self, blocks::BlockPool},
     stall::Stall,
     workers::Workers,
 };
@@ -78,6 +81,9 @@ pub enum Error {
     /// generation_config.json cannot be used.
     #[error(transparent)]
     Generation(#[from] model_config::Error),
+    /// The latent cache holds nothing.
+    #[error(transparent)]
+    KvMemory(#[from] kv_memory::Error),
     /// The store cannot be spoken to.
     #[error(transparent)]
     Store(#[from] store::Error),
@@ -135,6 +141,8 @@ struct Prepared {
     view: View,
     workers: Workers,
     scheduler: scheduler::Handle,
+    /// Tokens that one sequence may have.
+    context_tokens: usize,
     engine: tensor_thread::Answer<()>,
     end: CancellationToken,
 }
@@ -156,7 +164,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone());
     metrics::register(&probes.registry, workers.clone());
     let stall = Arc::new(Stall::default());
-    let (scheduler, queue) = scheduler::queue(Arc::clone(&stall));
+    let (scheduler, queue) = scheduler::queue(Arc::clone(&stall), config.max_waiting as usize);
     let exchange = Exchange {
         workers: workers.clone(),
         mode: config.combine,
@@ -165,15 +173,35 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
         patience: config.batch_timeout(),
         stall,
     };
-    let engine = start_engine(config, checkpoint, exchange, queue, end.clone()).await?;
-    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, scheduler, engine, end })
+    let layers = match config.speculative {
+        Some(Speculative::Mtp) => model.config.layers(),
+        None => model.config.num_hidden_layers,
+    };
+    let sequences = config.limits().sequences;
+    let blocks = kv_memory::blocks(config.kv_memory, &model.config, config.compute(), layers, sequences)?;
+    let context_tokens = (blocks * BLOCK_TOKENS).min(model.config.max_position_embeddings);
+    info!(blocks, tokens = blocks * BLOCK_TOKENS, "latent cache");
+    if context_tokens < model.config.max_position_embeddings {
+        let model_allows = model.config.max_position_embeddings;
+        warn!(context_tokens, model_allows, "the latent cache is smaller than the model's context");
+    }
+    let plan = EnginePlan {
+        layers,
+        blocks,
+        counters: EngineCounters::register(&probes.registry),
+        exchange,
+        queue,
+        stop: end.clone(),
+    };
+    let engine = start_engine(config, checkpoint, plan).await?;
+    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, scheduler, context_tokens, engine, end })
 }
 
 /// Reads all of the folder but the weights.
 fn open(dir: &std::path::Path) -> Result<(Checkpoint, ServedModel), Error> {
     let checkpoint = Checkpoint::open(dir)?;
     let model = ServedModel {
-        name: folder_name(&checkpoint),
+        name: checkpoint.name(),
         config: checkpoint.config().clone(),
         identity: checkpoint.identity()?,
         tokenizer: Tokenizer::load(dir)?,
@@ -183,42 +211,66 @@ fn open(dir: &std::path::Path) -> Result<(Checkpoint, ServedModel), Error> {
     Ok((checkpoint, model))
 }
 
-fn folder_name(checkpoint: &Checkpoint) -> String {
-    checkpoint.dir().file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-}
-
 /// What every member of a cluster must agree on.
 fn identity(checkpoint: &Checkpoint, model: &ServedModel) -> ModelIdentity {
     let config: &ModelConfig = &model.config;
-    ModelIdentity {
-        name: folder_name(checkpoint),
-        config_digest: model.identity.config_digest.clone(),
-        checkpoint_digest: model.identity.checkpoint_digest.clone(),
-        layers: config.num_hidden_layers as u32,
-        moe_layers: config.moe_layers().map(|layer| LayerIdx(layer as u32)).collect(),
-        experts: config.n_routed_experts as u32,
-        expert_bytes: checkpoint.expert_bytes(),
+    ModelIdentity::new(
+        checkpoint.name(),
+        [model.identity.config_digest.clone(), model.identity.checkpoint_digest.clone()],
+        config.layers(),
+        config.moe_layers(),
+        config.n_routed_experts,
+        checkpoint.expert_bytes(),
+    )
+}
+
+/// The router's half of the model, and what guesses tokens ahead where that is wanted and there.
+fn load(
+    checkpoint: &Checkpoint,
+    compute: Compute,
+    speculative: Option<Speculative>,
+) -> Result<(Transformer, Option<Drafter>), checkpoint::Error> {
+    let transformer = Transformer::load(checkpoint, compute, |layers| tracing::debug!(layers, "loaded"))?;
+    let mtp = match speculative {
+        Some(Speculative::Mtp) => Mtp::load(checkpoint, &transformer)?,
+        None => None,
+    };
+    if speculative.is_some() && mtp.is_none() {
+        info!("this checkpoint has no multi-token-prediction module: nothing is guessed");
     }
+    Ok((transformer, mtp.map(Drafter::new)))
+}
+
+/// What the engine is made of beside the checkpoint.
+struct EnginePlan {
+    layers: usize,
+    blocks: usize,
+    counters: Arc<EngineCounters>,
+    exchange: Exchange,
+    queue: scheduler::Queue,
+    stop: CancellationToken,
 }
 
 /// Starts the engine's thread and waits until it has mapped the weights.
 async fn start_engine(
     config: &Config,
     checkpoint: Checkpoint,
-    exchange: Exchange,
-    queue: scheduler::Queue,
-    stop: CancellationToken,
+    plan: EnginePlan,
 ) -> Result<tensor_thread::Answer<()>, Error> {
     let (compute, threads) = (config.compute(), config.threads);
-    let scheduler = Scheduler { limits: config.limits() };
+    let (limits, micro_batch_rows, speculative) = (config.limits(), config.micro_batch_rows(), config.speculative);
+    let EnginePlan { layers, blocks, counters, exchange, queue, stop } = plan;
     let (loaded, is_loaded) = oneshot::channel();
     let engine = tensor_thread::spawn_local("engine", move || async move {
         init_thread(threads);
-        match Transformer::load(&checkpoint, compute, |layers| tracing::debug!(layers, "loaded")) {
-            Ok(transformer) => {
+        match load(&checkpoint, compute, speculative) {
+            Ok((transformer, drafter)) => {
                 // Nobody waits any more where the process was told to end.
                 let _ = loaded.send(Ok(()));
-                Engine { transformer, exchange, scheduler }.run(queue, stop).await;
+                let cache = KvCache::new(transformer.config(), compute, layers, blocks);
+                let pool = BlockPool::new(blocks);
+                let engine = Engine { transformer, exchange, cache, pool, limits, micro_batch_rows, drafter, counters };
+                engine.run(queue, stop).await;
             }
             Err(error) => {
                 let _ = loaded.send(Err(error));
@@ -238,7 +290,7 @@ async fn serve(
     probes: Probes,
     prepared: Prepared,
 ) -> Result<Router, Error> {
-    let Prepared { model, store, keys, view, workers, scheduler, engine, end } = prepared;
+    let Prepared { model, store, keys, view, workers, scheduler, context_tokens, engine, end } = prepared;
     let listen = listener.local_addr;
     let id = match &config.id {
         Some(id) => id.clone(),
@@ -246,7 +298,11 @@ async fn serve(
     };
     let incarnation = Incarnation::fresh();
     let closing = CancellationToken::new();
-    let limits = Limits { request_timeout: config.request_timeout() };
+    let limits = Limits {
+        request_timeout: config.request_timeout(),
+        context_tokens,
+        answers_max: config.max_sequences as usize,
+    };
     let service = Service::new(ApiState { model, scheduler, limits, draining: shutdown.draining() });
     let (reflection, reflection_alpha) = server::reflection(&[SERVICE])?;
     let router = server::public()

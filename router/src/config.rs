@@ -9,7 +9,7 @@ use conclave_model::{
     wire::Encoding,
 };
 use conclave_placement::ids::{Cluster, RouterId};
-use conclave_runtime::{config, telemetry::LogFormat};
+use conclave_runtime::{config, memory::Memory, telemetry::LogFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::{control::Policy, moe::Mode, scheduler::policy::Limits};
@@ -83,6 +83,20 @@ pub struct Config {
     /// Sequences in one step
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub max_sequences: u32,
+    /// Memory for the latent cache, such as 8GiB [default: a fifth of what is free, at most what --max-sequences can use]
+    #[arg(long, value_name = "BYTES")]
+    #[serde(serialize_with = "config::as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub kv_memory: Option<Memory>,
+    /// Rows that each of two micro-batches has at least, one computing while the other waits for experts; 0 never divides
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub micro_batch_rows: u32,
+    /// Requests that may wait for their first step
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub max_waiting: u32,
+    /// Guess tokens ahead with the checkpoint's own module, where it has one; what is drawn stays the same
+    #[arg(long, value_enum)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub speculative: Option<Speculative>,
     /// How long the cluster remembers a router that went silent, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub lease_ttl: u64,
@@ -95,6 +109,14 @@ pub struct Config {
     /// Drain when the process that started this one ends
     #[arg(long)]
     pub die_with_parent: bool,
+}
+
+/// What guesses tokens ahead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Speculative {
+    /// The multi-token-prediction module of DeepSeek-V3's checkpoints.
+    Mtp,
 }
 
 /// The name of an encoding on the command line.
@@ -132,6 +154,11 @@ impl Config {
     /// What one step may hold.
     pub fn limits(&self) -> Limits {
         Limits { tokens: self.max_batched_tokens as usize, sequences: self.max_sequences as usize }
+    }
+
+    /// From how many rows on a step is divided.
+    pub fn micro_batch_rows(&self) -> Option<usize> {
+        (self.micro_batch_rows > 0).then_some(self.micro_batch_rows as usize)
     }
 
     /// Default and longest deadline of a request.

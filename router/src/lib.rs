@@ -6,6 +6,7 @@
 // Wiring.
 pub mod config;
 pub mod app;
+mod kv_memory;
 mod metrics;
 
 // The way of a request, room by room.

@@ -1,18 +1,34 @@
 //! This router's counters, as Prometheus sees them.
 //!
-//! In: the pool's own counters, read when somebody scrapes. Out: metric families.
+//! In: the pool's own counters, read when somebody scrapes; what the engine tells after each step. Out: metric families.
 //! Never here: a label whose values are not bounded.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use conclave_runtime::admin::Registry;
 use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeMetric},
-    metrics::counter::ConstCounter,
+    metrics::{
+        counter::{ConstCounter, Counter},
+        gauge::Gauge,
+    },
 };
 
-use crate::workers::{Counters, Workers};
+use crate::{
+    engine::pass::Spent,
+    scheduler::{
+        blocks::BlockPool,
+        policy::{Candidate, Grant, Standing},
+    },
+    workers::{Counters, Workers},
+};
 
 /// Reads the pool's counters at each scrape.
 #[derive(Debug)]
@@ -39,5 +55,97 @@ impl Collector for Dispatches {
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
         }
         Ok(())
+    }
+}
+
+/// What the engine did.
+#[derive(Debug, Default)]
+pub struct EngineCounters {
+    running: Gauge,
+    waiting: Gauge,
+    blocks: Gauge,
+    blocks_held: Gauge,
+    steps: Counter,
+    micro_batches: Counter,
+    step_seconds: Counter<f64, AtomicU64>,
+    compute_seconds: Counter<f64, AtomicU64>,
+    away_seconds: Counter<f64, AtomicU64>,
+    rows: Counter,
+    prefix_queried: Counter,
+    prefix_found: Counter,
+    preempted: Counter,
+    drafted: Counter,
+    accepted: Counter,
+}
+
+impl EngineCounters {
+    /// Makes the counters and registers them as `conclave_engine_*`.
+    pub(crate) fn register(registry: &Registry) -> Arc<Self> {
+        let all = Arc::new(Self::default());
+        let mut registry = registry.lock();
+        let registry = registry.sub_registry_with_prefix("engine");
+        registry.register("sequences_running", "Sequences that hold blocks", all.running.clone());
+        registry.register("sequences_waiting", "Sequences that hold none", all.waiting.clone());
+        registry.register("cache_blocks", "Blocks of the latent cache", all.blocks.clone());
+        registry.register("cache_blocks_held", "Of them, those that sequences hold", all.blocks_held.clone());
+        registry.register("steps", "Forward passes", all.steps.clone());
+        registry.register(
+            "micro_batches",
+            "Parts that steps were computed in, one or two each",
+            all.micro_batches.clone(),
+        );
+        registry.register("step_seconds", "Time in steps", all.step_seconds.clone());
+        registry.register("compute_seconds", "Of it, computing on this router", all.compute_seconds.clone());
+        registry.register(
+            "away_seconds",
+            "From rows leaving for experts to the last coming back, of all micro-batches: what exceeds step_seconds less \
+             compute_seconds was overlapped",
+            all.away_seconds.clone(),
+        );
+        registry.register("rows", "Rows computed, recomputed ones included", all.rows.clone());
+        registry.register("prefix_queried_tokens", "Tokens looked for in the prefix cache", all.prefix_queried.clone());
+        registry.register("prefix_found_tokens", "Of them, those found", all.prefix_found.clone());
+        registry.register("preemptions", "Sequences that gave up their blocks", all.preempted.clone());
+        registry.register(
+            "drafted_tokens",
+            "Tokens that the draft module proposed and a step checked",
+            all.drafted.clone(),
+        );
+        registry.register("accepted_tokens", "Of them, those that were right", all.accepted.clone());
+        Arc::clone(&all)
+    }
+
+    pub(crate) fn observe(&self, candidates: &[Candidate], pool: &BlockPool) {
+        let waits = |candidate: &&Candidate| matches!(candidate.standing, Standing::Waiting { .. });
+        let waiting = candidates.iter().filter(waits).count();
+        let set = |gauge: &Gauge, value: usize| gauge.set(i64::try_from(value).unwrap_or(i64::MAX));
+        set(&self.waiting, waiting);
+        set(&self.running, candidates.len() - waiting);
+        set(&self.blocks, pool.total());
+        set(&self.blocks_held, pool.total() - pool.free());
+    }
+
+    pub(crate) fn preempted(&self, sequences: usize) {
+        self.preempted.inc_by(sequences as u64);
+    }
+
+    pub(crate) fn looked_for_prefix(&self, tokens: usize, found: usize) {
+        self.prefix_queried.inc_by(tokens as u64);
+        self.prefix_found.inc_by(found as u64);
+    }
+
+    /// Whether a draft was right, where one was checked.
+    pub(crate) fn drafted(&self, right: Option<bool>) {
+        self.drafted.inc_by(u64::from(right.is_some()));
+        self.accepted.inc_by(u64::from(right == Some(true)));
+    }
+
+    pub(crate) fn stepped(&self, took: Duration, spent: &Spent, micro_batches: usize, grants: &[Grant]) {
+        self.steps.inc();
+        self.micro_batches.inc_by(micro_batches as u64);
+        self.rows.inc_by(grants.iter().map(|grant| grant.tokens as u64).sum());
+        self.step_seconds.inc_by(took.as_secs_f64());
+        self.compute_seconds.inc_by(spent.compute().as_secs_f64());
+        self.away_seconds.inc_by(spent.away().as_secs_f64());
     }
 }

@@ -3,9 +3,15 @@
 //! In: what `api::validate` made of a client's message. Out: the types that the scheduler, the engine and the stream
 //! hand each other. Never here: behaviour, prost types, tensors.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering::Relaxed},
+    },
+    time::Instant,
+};
 
-use conclave_model::sampler::SamplingParams;
+use conclave_model::{grammar::Constraint, sampler::SamplingParams};
 use conclave_proto::status::Failure;
 use tokio::sync::mpsc;
 
@@ -23,10 +29,16 @@ pub struct ValidRequest {
     pub sampling: SamplingParams,
     /// When to stop, as far as token ids tell. Stop strings are the stream's business.
     pub stop: StopRules,
+    /// What the text must look like; has taken the resumed tokens. Each answer goes on with a fork of it.
+    pub constraint: Option<Constraint>,
     /// What to report beside the tokens.
     pub logprobs: LogprobRules,
-    /// Higher goes first.
+    /// How many answers; at least one, at most 16. Each is drawn with a seed of its own: the request's plus its index.
+    pub answers: usize,
+    /// A head start in the queue, in seconds.
     pub priority: i32,
+    /// Prefixes are shared only with requests of the same salt.
+    pub cache_salt: Arc<str>,
     /// When the client stops waiting.
     pub deadline: Instant,
 }
@@ -76,6 +88,8 @@ pub struct TokenLogprob {
 pub enum FinishReason {
     /// This end or stop token was drawn; it is not part of the answer.
     StopToken(u32),
+    /// Nothing can be added to a text that must have a form, and there is no end or stop token to say so.
+    Complete,
     /// `max_tokens`, or the context is full.
     Length,
 }
@@ -91,21 +105,31 @@ pub struct Timings {
     pub decode_us: u64,
 }
 
-/// What the engine tells about one request, in this order: `Started`, any number of `Token`, then `Finished` or
-/// `Failed`. The receiver dropping its end is how a request is cancelled.
+/// What the engine tells about one request, in this order: `Started`, then per answer any number of `Token` and one
+/// `Finished`, those of several answers mixed; or `Failed`, after which nothing comes. The receiver dropping its end is
+/// how a request is cancelled.
 #[derive(Clone, Debug)]
 pub enum Event {
     /// The prompt is computed.
     Started {
-        /// Prompt tokens found in a prefix cache.
+        /// Prompt tokens found in the prefix cache.
         cached_tokens: usize,
+        /// From submission to the first step, in microseconds.
+        queue_us: u64,
         /// One per prompt token where that was asked for, else empty.
         prompt_logprobs: Vec<TokenLogprob>,
     },
     /// One drawn token.
-    Token(TokenLogprob),
-    /// The answer is complete.
+    Token {
+        /// Of which answer, from 0.
+        answer: usize,
+        /// The token.
+        token: TokenLogprob,
+    },
+    /// One answer is complete.
     Finished {
+        /// Which, from 0.
+        answer: usize,
         /// Why.
         reason: FinishReason,
         /// Drawn now, resumed ones not counted.
@@ -121,3 +145,20 @@ pub enum Event {
 pub type EventSender = mpsc::Sender<Event>;
 /// The stream's end.
 pub type EventReceiver = mpsc::Receiver<Event>;
+
+/// The answers of one request that its stream has ended by itself, at a stop string: they are computed no further,
+/// while the others go on.
+#[derive(Debug, Default)]
+pub struct Stopped(AtomicU32);
+
+impl Stopped {
+    /// Answer `answer` is not wanted any more.
+    pub fn stop(&self, answer: usize) {
+        self.0.fetch_or(1 << answer, Relaxed);
+    }
+
+    /// Whether it is not.
+    pub fn is_stopped(&self, answer: usize) -> bool {
+        self.0.load(Relaxed) & (1 << answer) != 0
+    }
+}

@@ -15,8 +15,9 @@ use super::{
     Service,
     answer_text::{self, AnswerText},
     deadline,
-    stream::{self, Answer, Progress, Responses},
-    tokenize,
+    reply::{Answer, Prefill, Reply},
+    stream::{self, Patience, Responses},
+    structured, tokenize,
     validate::{self, Accepted},
 };
 
@@ -25,42 +26,47 @@ impl Service {
         let arrived = Instant::now();
         self.refuse_while_draining()?;
         let deadline = deadline::of_call(request.metadata(), self.limits.request_timeout, arrived)?;
-        let request = request.into_inner();
-        let (request, text, prompt_text, resumed_stop) = self
+        let mut request = request.into_inner();
+        let (structured, grammars) = (request.structured.take(), self.grammars.clone());
+        let (request, answers, prompt_text, resumed_stop) = self
             .on_text_thread(deadline, move |model, bounds| {
                 let encode = |input| match input {
                     Input::Tokens(tokens) => Ok(tokens.ids),
                     Input::Prompt(text) => tokenize::prompt(model, bounds, "prompt", &text),
                     Input::Chat(chat) => tokenize::chat(model, bounds, chat),
                 };
-                let Accepted { request, stop_strings } = validate::accept(request, bounds, deadline, encode)?;
+                let Accepted { mut request, stop_strings } = validate::accept(request, bounds, deadline, encode)?;
+                request.constraint = structured::constraint(structured, model, &grammars, &request.resumed)?;
                 let tokenizer = model.tokenizer.as_ref();
-                let mut text = AnswerText::new(tokenizer, &request.prompt, stop_strings);
-                let resumed_stop = text.resume(&request.resumed)?;
+                let mut texts: Vec<_> = (0..request.answers)
+                    .map(|_| AnswerText::new(tokenizer, &request.prompt, stop_strings.clone()))
+                    .collect();
+                // Resumed tokens are those of a single answer.
+                let resumed_stop = texts[0].resume(&request.resumed)?;
                 let prompt_text = match request.logprobs.prompt {
                     true => answer_text::of_prompt(tokenizer, &request.prompt)?,
                     false => Vec::new(),
                 };
-                Ok((request, text, prompt_text, resumed_stop))
+                let answers: Vec<_> = texts.into_iter().map(Answer::new).collect();
+                Ok((request, answers, prompt_text, resumed_stop))
             })
             .await?;
-        let answer = Answer {
+        let reply = Reply {
             request_id: request.request_id.clone(),
             prompt_tokens: request.prompt.len(),
             seed: request.sampling.seed,
             logprobs: request.logprobs,
-            text,
+            answers,
             prompt_text,
             arrived,
-            progress: Progress::default(),
+            prefill: Prefill::default(),
         };
         if resumed_stop.is_some() || request.resumed.len() == request.stop.max_tokens {
-            return answer.already_complete(resumed_stop);
+            return Ok(stream::of(reply.already_complete(resumed_stop)?));
         }
-        let events = tokio::time::timeout_at(deadline.into(), self.scheduler.submit(request))
-            .await
-            .map_err(|_| deadline::passed(self.scheduler.waiting_for()))??;
+        let answers = self.scheduler.submit(request)?;
         let scheduler = self.scheduler.clone();
-        Ok(stream::open(answer, events, deadline, move || scheduler.waiting_for()))
+        let patience = Patience { deadline, reader: stream::SLOW_READER };
+        Ok(stream::open(reply, answers, patience, move || scheduler.waiting_for()))
     }
 }

@@ -6,9 +6,12 @@
 mod answer_text;
 mod deadline;
 mod generate;
+mod grammars;
 mod model_info;
+mod reply;
 mod stop_strings;
 mod stream;
+mod structured;
 #[cfg(test)]
 mod test_model;
 mod tokenize;
@@ -38,6 +41,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 
 use crate::scheduler;
+use grammars::Grammars;
 use validate::{Bounds, Defaults};
 
 /// While a router drains, another one may be tried at once; this one is back no sooner.
@@ -65,6 +69,10 @@ pub struct ServedModel {
 pub struct Limits {
     /// The longest that an answer may take; what a client gets that names no deadline.
     pub request_timeout: Duration,
+    /// Tokens of one sequence, prompt and answer together, that there is memory for.
+    pub context_tokens: usize,
+    /// Answers to one request that can be computed at once.
+    pub answers_max: usize,
 }
 
 /// What the service is built from.
@@ -90,6 +98,7 @@ pub struct Service {
     draining: CancellationToken,
     /// Tokenising is computation: as many at a time as there are cores.
     text_slots: Arc<Semaphore>,
+    grammars: Arc<Grammars>,
 }
 
 impl Service {
@@ -97,12 +106,13 @@ impl Service {
     pub fn new(state: ApiState) -> Self {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
-            bounds: Arc::new(Bounds::new(&state.model)),
+            bounds: Arc::new(Bounds::new(&state.model, state.limits)),
             model: state.model,
             scheduler: state.scheduler,
             limits: state.limits,
             draining: state.draining,
             text_slots: Arc::new(Semaphore::new(cores)),
+            grammars: Arc::default(),
         }
     }
 
@@ -177,12 +187,13 @@ impl Inference for Service {
 }
 
 impl Bounds {
-    fn new(model: &ServedModel) -> Self {
+    fn new(model: &ServedModel, limits: Limits) -> Self {
         let own = &model.generation.eos_token_ids;
         Self {
             name: model.name.clone(),
-            context_tokens: model.config.max_position_embeddings,
+            context_tokens: model.config.max_position_embeddings.min(limits.context_tokens),
             vocab_size: model.config.vocab_size,
+            answers_max: limits.answers_max.clamp(1, validate::ANSWERS_MAX),
             has_tokenizer: model.tokenizer.is_some(),
             // The generation config speaks of answers, the config of the model in general.
             eos_token_ids: if own.is_empty() { model.config.eos_token_ids.clone() } else { own.clone() },

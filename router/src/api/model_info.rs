@@ -16,7 +16,8 @@ pub(super) fn describe(model: &ServedModel, bounds: &Bounds) -> pb::GetModelResp
         context_tokens: narrow(bounds.context_tokens),
         vocab_size: narrow(config.vocab_size),
         layers: narrow(config.num_hidden_layers),
-        moe_layers: narrow(config.moe_layers().count()),
+        // The decoder's own: multi-token prediction is not the client's business.
+        moe_layers: narrow((0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer)).count()),
         routed_experts: narrow(config.n_routed_experts),
         experts_per_token: narrow(config.num_experts_per_tok),
         eos_token_ids: bounds.eos_token_ids.clone(),

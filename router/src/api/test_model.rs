@@ -2,22 +2,32 @@
 //!
 //! Its tokenizer has one token for each byte (the id is the byte) and `<bos>`, which it puts before a text.
 
-use std::path::Path;
+use std::{
+    path::Path,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use conclave_model::{
     checkpoint::Identity,
     config::ModelConfig,
     generation::GenerationConfig,
+    sampler::SamplingParams,
     tokenizer::{ChatTemplate, Tokenizer},
 };
 use serde_json::{Value, json};
 
-use super::ServedModel;
+use super::{Limits, ServedModel};
+use crate::sequence::{LogprobRules, StopRules, ValidRequest};
 
 /// Of the token before every text.
 pub(super) const BOS: u32 = 256;
 /// Tokens of prompt and answer together.
 pub(super) const CONTEXT: usize = 64;
+
+/// A router that has room for all of it.
+pub(super) const LIMITS: Limits =
+    Limits { request_timeout: Duration::from_secs(600), context_tokens: 1 << 20, answers_max: 8 };
 
 const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}\
     {% if message.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}\
@@ -100,5 +110,22 @@ fn read(dir: &Path) -> ServedModel {
         tokenizer: Tokenizer::load(dir).expect("the tokenizer"),
         chat_template: ChatTemplate::load(dir).expect("the template"),
         generation,
+    }
+}
+
+/// A checked request for so many answers to three tokens, due in an hour.
+pub(super) fn request(answers: usize) -> ValidRequest {
+    ValidRequest {
+        constraint: None,
+        request_id: "req-1".into(),
+        prompt: vec![1, 2, 3],
+        resumed: Vec::new(),
+        sampling: SamplingParams::greedy(),
+        stop: StopRules { max_tokens: 60, min_tokens: 0, token_ids: Arc::new([]) },
+        logprobs: LogprobRules { sampled: true, top: 1, prompt: false },
+        answers,
+        priority: 0,
+        cache_salt: "".into(),
+        deadline: Instant::now() + Duration::from_secs(3600),
     }
 }

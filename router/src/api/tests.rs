@@ -6,12 +6,18 @@ use conclave_proto::{
 };
 use tokio_stream::StreamExt;
 
-use super::{test_model::served, *};
+use super::{
+    test_model::{LIMITS, served},
+    *,
+};
 use crate::{
     scheduler::{Queue, Submission},
     sequence::{Event, FinishReason, Timings, TokenLogprob},
     stall::Stall,
 };
+
+/// Requests that may wait.
+const WAITING: usize = 4;
 
 struct House {
     service: Service,
@@ -22,14 +28,10 @@ struct House {
 
 fn house(model: ServedModel) -> House {
     let stall = Arc::new(Stall::default());
-    let (scheduler, queue) = scheduler::queue(stall.clone());
+    let (scheduler, queue) = scheduler::queue(stall.clone(), WAITING);
     let draining = CancellationToken::new();
-    let service = Service::new(ApiState {
-        model: Arc::new(model),
-        scheduler,
-        limits: Limits { request_timeout: Duration::from_secs(600) },
-        draining: draining.clone(),
-    });
+    let service =
+        Service::new(ApiState { model: Arc::new(model), scheduler, limits: LIMITS, draining: draining.clone() });
     House { service, queue, stall, draining }
 }
 
@@ -46,10 +48,17 @@ fn within(timeout: &'static str, request: pb::GenerateRequest) -> Request<pb::Ge
 /// Answers one request with this text, and says what it was asked.
 async fn answer_one(queue: &mut Queue, text: &str) -> crate::sequence::ValidRequest {
     let Submission { request, events, .. } = queue.recv().await.unwrap();
-    let started = Event::Started { cached_tokens: 0, prompt_logprobs: Vec::new() };
-    let drawn = text.bytes().map(|byte| Event::Token(TokenLogprob { id: byte.into(), logprob: None, top: Vec::new() }));
-    let finished =
-        Event::Finished { reason: FinishReason::Length, completion_tokens: text.len(), timings: Timings::default() };
+    let started = Event::Started { cached_tokens: 0, queue_us: 0, prompt_logprobs: Vec::new() };
+    let drawn = text.bytes().map(|byte| Event::Token {
+        answer: 0,
+        token: TokenLogprob { id: byte.into(), logprob: None, top: Vec::new() },
+    });
+    let finished = Event::Finished {
+        answer: 0,
+        reason: FinishReason::Length,
+        completion_tokens: text.len(),
+        timings: Timings::default(),
+    };
     for event in [started].into_iter().chain(drawn).chain([finished]) {
         events.send(event).await.unwrap();
     }
@@ -121,14 +130,67 @@ async fn a_deadline_alone_is_a_deadline() {
 async fn more_requests_than_may_wait_are_turned_away() {
     let house = house(served());
     let mut waiting = Vec::new();
-    let failure = loop {
-        match house.service.begin(Request::new(asking("hi"))).await {
-            Ok(responses) => waiting.push(responses),
-            Err(failure) => break failure,
+    for _ in 0..WAITING {
+        waiting.push(house.service.begin(Request::new(asking("hi"))).await.unwrap());
+    }
+    let failure = house.service.begin(Request::new(asking("hi"))).await.unwrap_err();
+    assert_eq!((failure.kind, failure.reason), (ErrorKind::ResourceExhausted, "QUEUE_FULL"));
+    // One leaves: its task hears of it, and the place is free though no engine has looked.
+    waiting.pop();
+    let came = async {
+        while let Err(failure) = house.service.begin(Request::new(asking("hi"))).await {
+            assert_eq!(failure.reason, "QUEUE_FULL");
+            task::yield_now().await;
         }
-        assert!(waiting.len() < 10_000, "the queue has no end");
     };
-    assert_eq!(failure.kind, ErrorKind::ResourceExhausted);
+    time::timeout(Duration::from_secs(60), came).await.expect("a place is free");
+}
+
+#[tokio::test]
+async fn a_request_whose_deadline_passes_frees_its_place_and_is_never_seen_by_the_engine() {
+    let mut house = house(served());
+    let responses = house.service.begin(within("1S", asking("short"))).await.unwrap();
+    let mut others = Vec::new();
+    for _ in 1..WAITING {
+        others.push(house.service.begin(Request::new(asking("hi"))).await.unwrap());
+    }
+    assert_eq!(ErrorKind::of(&read(responses).await.1.unwrap()), ErrorKind::DeadlineExceeded);
+    others.push(house.service.begin(Request::new(asking("hi"))).await.expect("a place is free"));
+    for _ in &others {
+        assert_eq!(house.queue.try_recv().unwrap().request.prompt.len(), 3);
+    }
+    assert!(house.queue.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn several_answers_are_asked_of_the_engine_at_once() {
+    let mut house = house(served());
+    let request = pb::GenerateRequest { n: Some(3), cache_salt: "mine".into(), ..asking("hi") };
+    let responses = house.service.begin(Request::new(request)).await.unwrap();
+    let Submission { request, events, .. } = house.queue.recv().await.unwrap();
+    assert_eq!((request.answers, &*request.cache_salt), (3, "mine"));
+    for answer in 0..3 {
+        let timings = Timings::default();
+        let event = Event::Finished { answer, reason: FinishReason::Length, completion_tokens: 0, timings };
+        events.send(event).await.unwrap();
+    }
+    assert!(read(responses).await.1.is_none());
+
+    let request = pb::GenerateRequest { n: Some(9), ..asking("hi") };
+    let failure = house.service.begin(Request::new(request)).await.unwrap_err();
+    assert_eq!(failure.field.as_deref(), Some("n"));
+    assert!(failure.message.contains('8'), "{failure}");
+}
+
+#[tokio::test]
+async fn a_context_that_does_not_fit_into_memory_is_as_short_as_what_does() {
+    let model = Arc::new(served());
+    let limits = Limits { context_tokens: 10, answers_max: 100, ..LIMITS };
+    let bounds = Bounds::new(&model, limits);
+    assert_eq!((bounds.context_tokens, bounds.answers_max), (10, validate::ANSWERS_MAX));
+    let ample = Bounds::new(&model, LIMITS);
+    assert_eq!(ample.context_tokens, model.config.max_position_embeddings);
+    assert_eq!(model_info::describe(&model, &bounds).context_tokens, 10);
 }
 
 #[tokio::test]

@@ -14,8 +14,11 @@ use conclave_proto::{
 
 use crate::sequence::{LogprobRules, StopRules, ValidRequest};
 
+/// Answers to one request.
+pub(super) const ANSWERS_MAX: usize = 16;
 const REQUEST_ID_BYTES_MAX: usize = 128;
 const PRIORITY_MAX: i32 = 100;
+const CACHE_SALT_BYTES_MAX: usize = 128;
 const TEMPERATURE_MAX: f32 = 2.0;
 const REPETITION_PENALTY_MAX: f32 = 2.0;
 const PENALTY_MAX: f32 = 2.0;
@@ -38,6 +41,8 @@ pub(super) struct Bounds {
     pub(super) context_tokens: usize,
     /// Token ids are below this.
     pub(super) vocab_size: usize,
+    /// Answers to one request that this router can compute at once; 1 to [`ANSWERS_MAX`].
+    pub(super) answers_max: usize,
     /// Without a tokenizer there is no text to find a stop string in.
     pub(super) has_tokenizer: bool,
     /// Tokens that end an answer.
@@ -97,6 +102,12 @@ pub(super) fn accept(
     if !(-PRIORITY_MAX..=PRIORITY_MAX).contains(&priority) {
         return Err(Failure::invalid("priority", format!("must be in [-100, 100], is {priority}")));
     }
+    let answers = answers(request.n, &request.resume_tokens, bounds)?;
+    let cache_salt = request.cache_salt;
+    if cache_salt.len() > CACHE_SALT_BYTES_MAX {
+        let message = format!("must be at most {CACHE_SALT_BYTES_MAX} bytes long, is {}", cache_salt.len());
+        return Err(Failure::invalid("cache_salt", message));
+    }
     let sampling = sampling(request.sampling.unwrap_or_default(), bounds)?;
     let logprobs = logprobs(request.logprobs.unwrap_or_default())?;
     let stop = request.stop.unwrap_or_default();
@@ -130,8 +141,20 @@ pub(super) fn accept(
         return Err(Failure::invalid("logprobs.prompt", message));
     }
     let stop_rules = StopRules { max_tokens, min_tokens, token_ids };
-    let request =
-        ValidRequest { request_id, prompt, resumed, sampling, stop: stop_rules, logprobs, priority, deadline };
+    let request = ValidRequest {
+        request_id,
+        prompt,
+        resumed,
+        sampling,
+        stop: stop_rules,
+        // The message's `structured` is taken up once everything here is right.
+        constraint: None,
+        logprobs,
+        answers,
+        priority,
+        cache_salt: cache_salt.into(),
+        deadline,
+    };
     Ok(Accepted { request, stop_strings: stop.strings })
 }
 
@@ -154,6 +177,24 @@ fn request_id(given: String) -> Result<Arc<str>, Failure> {
         return Err(Failure::invalid("request_id", "must be at most 128 visible ASCII characters"));
     }
     Ok(given.into())
+}
+
+/// How many answers; one where the client names no number.
+fn answers(n: Option<u32>, resumed: &[u32], bounds: &Bounds) -> Result<usize, Failure> {
+    let answers = n.map_or(1, |n| n as usize);
+    if !(1..=ANSWERS_MAX).contains(&answers) {
+        return Err(Failure::invalid("n", format!("must be in [1, {ANSWERS_MAX}], is {answers}")));
+    }
+    if answers > bounds.answers_max {
+        let message =
+            format!("must be at most {}, what this router computes at once, is {answers}", bounds.answers_max);
+        return Err(Failure::invalid("n", message));
+    }
+    if answers > 1 && !resumed.is_empty() {
+        let message = format!("belong to a single answer: they go with n = 1, and not with {answers}");
+        return Err(Failure::invalid("resume_tokens", message));
+    }
+    Ok(answers)
 }
 
 fn sampling(given: pb::SamplingParams, bounds: &Bounds) -> Result<SamplingParams, Failure> {

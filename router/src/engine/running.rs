@@ -1,222 +1,297 @@
-//! One sequence while it is computed: its tokens, its cache, its events.
+//! One sequence in the engine: its tokens, its blocks, who reads it.
 //!
-//! In: a submission; then the logits of each step it took part in. Out: drawn tokens, as events.
-//! Never here: other sequences. What is drawn depends on this request alone.
+//! In: a submission; grants; what steps computed. Out: segments to compute.
+//! Never here: other sequences, tensors; what is drawn and told is `draw`'s.
+
+use std::{cell::Cell, rc::Rc, sync::Arc};
 
 use conclave_model::{
-    cache::SequenceCache,
-    sampler::{self, Context, Logprobs},
-    wire,
+    batch::Segment,
+    cache::{BLOCK_TOKENS, KvCache},
+    grammar::Constraint,
+    sampler::SamplingParams,
 };
 use conclave_proto::status::Failure;
 use tokio::time::Instant;
 
 use crate::{
-    scheduler::Submission,
-    sequence::{Event, EventSender, FinishReason, Timings, TokenLogprob, ValidRequest},
+    scheduler::{
+        Submission, Waiting,
+        blocks::{Block, BlockPool, PrefixHash, block_hash, blocks_for, root_hash},
+        policy::{Candidate, Standing},
+    },
+    sequence::{Event, EventSender, Stopped, TokenLogprob, ValidRequest},
 };
 
-/// The logits a step computed for one sequence.
-#[derive(Debug)]
-pub(super) struct StepLogits {
-    /// f32 `[n, vocab]`: of the last row alone, or of all rows of this step where prompt logprobs are wanted.
-    pub values: Vec<f32>,
-    /// Vocabulary's size.
-    pub vocab: usize,
+/// Events that one step may bring for one answer: two tokens, the start and the finish.
+const EVENTS_A_STEP: usize = 4;
+
+/// The other end of a request: one for all its answers.
+#[derive(Clone, Debug)]
+pub(super) struct Reader {
+    pub(super) events: EventSender,
+    stopped: Arc<Stopped>,
+    /// Told that the request failed: nothing may follow.
+    pub(super) failed: Rc<Cell<bool>>,
 }
 
 /// A sequence in the engine.
 #[derive(Debug)]
 pub(super) struct Running {
-    request: ValidRequest,
-    pub events: EventSender,
-    pub cache: SequenceCache,
-    /// Resumed tokens, then drawn ones.
-    answer: Vec<u32>,
-    /// Rows in the cache that are final.
-    computed: usize,
-    prompt_logprobs: Vec<TokenLogprob>,
-    submitted: Instant,
-    first_step: Option<Instant>,
-    first_token: Option<Instant>,
-    last_token: Option<Instant>,
+    pub(super) request: Arc<ValidRequest>,
+    /// Which of the request's answers this is.
+    pub(super) answer: usize,
+    /// The request's, with the answer's own seed.
+    pub(super) sampling: SamplingParams,
+    /// What the answer's text must look like, as far as it is drawn.
+    pub(super) constraint: Option<Constraint>,
+    pub(super) reader: Reader,
+    /// The prompt, then resumed tokens, then drawn ones.
+    pub(super) tokens: Vec<u32>,
+    /// What the draft module takes the next token to be.
+    pub(super) draft: Option<u32>,
+    /// Rows that are final, in `blocks`.
+    pub(super) computed: usize,
+    blocks: Vec<Block>,
+    /// Of the full blocks of `tokens`, as far as they were needed.
+    hashes: Vec<PrefixHash>,
+    /// Full blocks that others can find.
+    published: usize,
+    pub(super) cached_tokens: Option<usize>,
+    pub(super) prompt_logprobs: Vec<TokenLogprob>,
+    pub(super) times: Times,
+    /// Its place among those that wait, until its first step.
+    waiting: Option<Waiting>,
     isolated: bool,
-    over: bool,
+    pub(super) over: bool,
+}
+
+/// When what happened.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Times {
+    pub(super) submitted: Instant,
+    pub(super) first_step: Option<Instant>,
+    pub(super) first_token: Option<Instant>,
+    pub(super) last_token: Option<Instant>,
 }
 
 impl Running {
-    pub(super) fn new(submission: Submission, cache: SequenceCache) -> Self {
-        let Submission { request, events, submitted } = submission;
+    pub(super) fn new(submission: Submission) -> Self {
+        let Submission { mut request, events, submitted, stopped, waiting } = submission;
+        let times = Times { submitted, first_step: None, first_token: None, last_token: None };
         Self {
-            answer: request.resumed.clone(),
-            request,
-            events,
-            cache,
+            answer: 0,
+            sampling: request.sampling.clone(),
+            constraint: request.constraint.take(),
+            reader: Reader { events, stopped, failed: Rc::default() },
+            tokens: [request.prompt.as_slice(), &request.resumed].concat(),
+            request: Arc::new(request),
+            draft: None,
             computed: 0,
+            blocks: Vec::new(),
+            hashes: Vec::new(),
+            published: 0,
+            cached_tokens: None,
             prompt_logprobs: Vec::new(),
-            submitted,
-            first_step: None,
-            first_token: None,
-            last_token: None,
+            times,
+            waiting: Some(waiting),
             isolated: false,
             over: false,
         }
     }
 
-    /// Finished, failed, out of time, or with nobody listening.
+    /// Finished, failed, not wanted, out of time, or with nobody listening.
     pub(super) fn is_over(&mut self) -> bool {
         if !self.over && self.deadline() <= Instant::now() {
             self.fail(Failure::deadline("the request's deadline passed"));
         }
-        self.over || self.events.is_closed()
+        self.over
+            || self.reader.failed.get()
+            || self.reader.events.is_closed()
+            || self.reader.stopped.is_stopped(self.answer)
+    }
+
+    /// Fails the whole request, this answer and its siblings.
+    pub(super) fn fail(&mut self, failure: Failure) {
+        self.over = true;
+        if !self.reader.failed.replace(true) {
+            // Room is there or the reader is gone: a sequence without room is not computed.
+            let _ = self.reader.events.try_send(Event::Failed(failure));
+        }
     }
 
     pub(super) fn deadline(&self) -> Instant {
         self.request.deadline.into()
     }
 
-    pub(super) fn priority(&self) -> i32 {
-        self.request.priority
+    /// The answer so far, resumed tokens included.
+    pub(super) fn answered(&self) -> &[u32] {
+        &self.tokens[self.request.prompt.len()..]
     }
 
-    /// Tokens whose rows are not computed yet.
+    /// Tokens that are known and whose rows are not computed, at least one.
     pub(super) fn pending(&self) -> usize {
-        self.request.prompt.len() + self.answer.len() - self.computed
+        self.tokens.len() - self.computed
     }
 
-    pub(super) fn is_decoding(&self) -> bool {
-        self.first_token.is_some()
+    /// Whether its next step may check a guess: it decodes, and may draw two tokens more.
+    pub(super) fn wants_draft(&self) -> bool {
+        self.pending() == 1 && self.answered().len() + 2 <= self.request.stop.max_tokens
     }
 
-    /// Whether what a step brings can be told: the finish may take one event more than the token.
-    pub(super) fn reader_keeps_up(&self) -> bool {
-        self.events.capacity() >= 3
-    }
-
-    pub(super) fn joined(&mut self, now: Instant) {
-        self.first_step.get_or_insert(now);
-    }
-
-    /// The first `count` pending tokens and the position of the first of them.
-    pub(super) fn next_tokens(&self, count: usize) -> (usize, Vec<u32>) {
-        let all = self.request.prompt.iter().chain(&self.answer);
-        (self.computed, all.skip(self.computed).take(count).copied().collect())
-    }
-
-    /// Whether logits of every row of this step are wanted, not of the last alone.
-    pub(super) fn wants_all_logits(&self) -> bool {
-        self.request.logprobs.prompt && self.computed < self.request.prompt.len()
-    }
-
-    /// Whether rows of it are, or were, in the cache.
-    pub(super) fn has_started(&self) -> bool {
-        self.first_step.is_some()
+    /// Whether logits of the prompt's own rows are wanted still.
+    pub(super) fn wants_prompt_logprobs(&self) -> bool {
+        self.request.logprobs.prompt && self.times.first_token.is_none()
     }
 
     /// A step with this sequence in it failed, and it may be the reason: its next step is its own.
     pub(super) fn isolate(&mut self) {
         self.isolated = true;
+        self.draft = None;
+        // A row whose logits were not drawn from is computed again.
+        self.computed = self.computed.min(self.tokens.len() - 1);
     }
 
     pub(super) fn is_isolated(&self) -> bool {
         self.isolated
     }
 
-    /// Forgets rows of a step that did not finish.
-    pub(super) fn rewind(&mut self) {
-        self.cache.truncate(self.computed);
-    }
-
-    pub(super) fn fail(&mut self, failure: Failure) {
-        if self.over {
-            return;
-        }
-        // Room is there or the reader is gone: a sequence without room is not computed.
-        let _ = self.events.try_send(Event::Failed(failure));
-        self.over = true;
-    }
-
-    /// `count` more rows are computed; draws a token once none is pending.
-    pub(super) fn advance(&mut self, count: usize, logits: &StepLogits) {
-        self.isolated = false;
-        if !wire::all_finite(&logits.values) {
-            return self.fail(Failure::internal("the model's logits are no numbers"));
-        }
-        let first = self.computed;
-        if self.wants_all_logits() {
-            self.note_prompt_logprobs(first, count, logits);
-        }
-        self.computed += count;
-        if self.pending() > 0 {
-            return;
-        }
-        let last = &logits.values[logits.values.len() - logits.vocab..];
-        if self.first_token.is_none() {
-            let prompt_logprobs = std::mem::take(&mut self.prompt_logprobs);
-            self.tell(Event::Started { cached_tokens: 0, prompt_logprobs });
-        }
-        self.draw(last);
-    }
-
-    /// The row at position p predicts the token at p + 1.
-    fn note_prompt_logprobs(&mut self, first: usize, count: usize, logits: &StepLogits) {
-        let prompt = &self.request.prompt;
-        if first == 0 {
-            self.prompt_logprobs.push(TokenLogprob { id: prompt[0], logprob: None, top: Vec::new() });
-        }
-        for (row, logits) in logits.values.chunks_exact(logits.vocab).enumerate().take(count) {
-            if let Some(&next) = prompt.get(first + row + 1) {
-                let logprobs = Logprobs::new(logits);
-                let top = logprobs.top(self.request.logprobs.top);
-                self.prompt_logprobs.push(TokenLogprob { id: next, logprob: Some(logprobs.of(next)), top });
-            }
-        }
-    }
-
-    fn draw(&mut self, logits: &[f32]) {
-        let stop = &self.request.stop;
-        let forbidden: &[u32] = if self.answer.len() < stop.min_tokens { &stop.token_ids } else { &[] };
-        let context = Context { prompt: &self.request.prompt, answer: &self.answer, forbidden };
-        let token = sampler::sample(logits, &self.request.sampling, context);
-        let now = Instant::now();
-        self.first_token.get_or_insert(now);
-        self.last_token = Some(now);
-        if stop.token_ids.contains(&token) {
-            return self.finish(FinishReason::StopToken(token));
-        }
-        let rules = self.request.logprobs;
-        let (logprob, top) = if rules.any() {
-            let logprobs = Logprobs::new(logits);
-            (Some(logprobs.of(token)), logprobs.top(rules.top))
+    /// As the policy sees it, with times counted from `epoch`.
+    pub(super) fn candidate(&mut self, index: usize, epoch: Instant, pool: &BlockPool) -> Candidate {
+        let micros = self.times.submitted.saturating_duration_since(epoch).as_micros();
+        let due = i64::try_from(micros).unwrap_or(i64::MAX) - i64::from(self.request.priority) * 1_000_000;
+        let ready = self.reader.events.capacity() >= EVENTS_A_STEP * self.request.answers;
+        let (computed, standing) = if self.blocks.is_empty() {
+            let (found, unheld) = self.findable(pool);
+            (found * BLOCK_TOKENS, Standing::Waiting { unheld })
         } else {
-            (None, Vec::new())
+            let own = self.blocks.iter().filter(|block| block.is_own()).count();
+            let decoding = self.times.first_token.is_some() && self.pending() == 1;
+            (self.computed, Standing::Running { held: self.blocks.len(), own, decoding })
         };
-        self.answer.push(token);
-        self.tell(Event::Token(TokenLogprob { id: token, logprob, top }));
-        if self.answer.len() >= self.request.stop.max_tokens {
-            self.finish(FinishReason::Length);
+        let tokens = self.tokens.len() + usize::from(self.draft.is_some());
+        Candidate { index, due, ready, computed, tokens, standing }
+    }
+
+    /// Leading blocks that the cache remembers, and how many of them nobody holds.
+    fn findable(&mut self, pool: &BlockPool) -> (usize, usize) {
+        let (mut found, mut unheld) = (0, 0);
+        for block in 0..self.blocks_to_find() {
+            let Some(held) = pool.peek(&self.hash(block)) else { break };
+            found += 1;
+            unheld += usize::from(!held);
+        }
+        (found, unheld)
+    }
+
+    /// Full blocks but the last row, whose logits are needed; none where the prompt's logits are.
+    fn blocks_to_find(&self) -> usize {
+        if self.wants_prompt_logprobs() { 0 } else { (self.tokens.len() - 1) / BLOCK_TOKENS }
+    }
+
+    /// Of block `block`, which is full of known tokens.
+    fn hash(&mut self, block: usize) -> PrefixHash {
+        while self.hashes.len() <= block {
+            let parent = self.hashes.last().copied().unwrap_or_else(|| root_hash(&self.request.cache_salt));
+            let start = self.hashes.len() * BLOCK_TOKENS;
+            self.hashes.push(block_hash(&parent, &self.tokens[start..start + BLOCK_TOKENS]));
+        }
+        self.hashes[block]
+    }
+
+    /// When it is let in: takes the blocks that the cache remembers of it. How many tokens were looked for, and found.
+    pub(super) fn find_prefix(&mut self, pool: &BlockPool) -> Option<(usize, usize)> {
+        if !self.blocks.is_empty() {
+            return None;
+        }
+        for block in 0..self.blocks_to_find() {
+            let Some(found) = pool.find(&self.hash(block)) else { break };
+            self.blocks.push(found);
+        }
+        self.published = self.blocks.len();
+        self.computed = self.blocks.len() * BLOCK_TOKENS;
+        let prompt = self.request.prompt.len();
+        self.cached_tokens.get_or_insert(self.computed.min(prompt));
+        Some((self.tokens.len(), self.computed))
+    }
+
+    /// Takes the blocks that its next `rows` rows need. False where they are not to be had.
+    pub(super) fn reserve(&mut self, rows: usize, pool: &BlockPool, cache: &KvCache) -> bool {
+        while self.blocks.len() < blocks_for(self.computed + rows) {
+            let Some(block) = pool.take(self.blocks.last().map(Block::id)) else { return false };
+            cache.clear(block.id());
+            self.blocks.push(block);
+        }
+        true
+    }
+
+    /// Gives up its blocks, to be computed again later. Its reader only sees a pause.
+    pub(super) fn preempt(&mut self) {
+        self.blocks.clear();
+        self.published = 0;
+        self.computed = 0;
+        self.draft = None;
+        if self.times.first_token.is_none() {
+            self.prompt_logprobs.clear();
         }
     }
 
-    fn finish(&mut self, reason: FinishReason) {
-        let completion_tokens = self.answer.len() - self.request.resumed.len();
-        let micros = |from: Option<Instant>, to: Option<Instant>| {
-            let span = from.zip(to).map(|(from, to)| to.saturating_duration_since(from));
-            span.map_or(0, |span| u64::try_from(span.as_micros()).unwrap_or(u64::MAX))
-        };
-        let timings = Timings {
-            queue_us: micros(Some(self.submitted), self.first_step),
-            prefill_us: micros(self.first_step, self.first_token),
-            decode_us: micros(self.first_token, self.last_token),
-        };
-        self.tell(Event::Finished { reason, completion_tokens, timings });
-        self.over = true;
+    /// Its next `rows` rows, for a pass; their tokens are added to `tokens`.
+    pub(super) fn segment(&mut self, rows: usize, now: Instant, tokens: &mut Vec<u32>) -> Segment {
+        self.times.first_step.get_or_insert(now);
+        self.waiting = None;
+        if rows <= self.pending() {
+            self.draft = None;
+        }
+        let known = self.tokens[self.computed..].iter().copied();
+        tokens.extend(known.chain(self.draft).take(rows));
+        Segment { rows, start: self.computed, blocks: self.blocks.iter().map(Block::id).collect() }
     }
 
-    fn tell(&mut self, event: Event) {
-        // There is room, or the reader is gone and the sequence over with it.
-        if self.events.try_send(event).is_err() {
-            self.over = true;
+    /// `rows` more rows are final. Their full blocks can be found by others from now on.
+    pub(super) fn advance(&mut self, rows: usize) {
+        self.isolated = false;
+        self.computed += rows;
+        for block in self.published..self.computed / BLOCK_TOKENS {
+            let hash = self.hash(block);
+            self.blocks[block].publish(hash);
+            self.published = block + 1;
+        }
+    }
+
+    /// Another answer to the same request, when the prompt is computed and nothing is drawn. Full blocks are shared, the
+    /// last one is copied; where no block is left for that, its rows are computed again.
+    pub(super) fn sibling(&self, answer: usize, pool: &BlockPool, cache: &KvCache) -> Self {
+        let mut sampling = self.sampling.clone();
+        sampling.seed = self.request.sampling.seed.wrapping_add(answer as u64);
+        let full = self.computed / BLOCK_TOKENS;
+        let mut blocks = self.blocks[..full].to_vec();
+        let mut computed = full * BLOCK_TOKENS;
+        if let Some(last) = self.blocks.get(full).filter(|_| self.computed > computed)
+            && let Some(own) = pool.take(blocks.last().map(Block::id))
+        {
+            cache.copy_block(last.id(), own.id());
+            blocks.push(own);
+            computed = self.computed;
+        }
+        Self {
+            request: Arc::clone(&self.request),
+            answer,
+            sampling,
+            constraint: self.constraint.as_ref().map(Constraint::fork),
+            reader: self.reader.clone(),
+            tokens: self.tokens.clone(),
+            draft: None,
+            computed,
+            blocks,
+            hashes: self.hashes.clone(),
+            published: full,
+            cached_tokens: self.cached_tokens,
+            prompt_logprobs: Vec::new(),
+            times: self.times,
+            waiting: None,
+            isolated: false,
+            over: false,
         }
     }
 }

@@ -1,56 +1,233 @@
-//! One forward pass: embed, then per layer attention here and experts elsewhere, then logits.
+//! One step: the granted rows of all sequences through the model, in one or two micro-batches, then a token for each
+//! sequence whose rows are all computed.
 //!
-//! In: sequences and how many of their pending tokens to compute. Out: logits for each.
-//! Never here: drawing, choosing. A pass that fails leaves rows behind in the caches; the caller rewinds them.
+//! In: the policy's step. Out: sequences further on, their readers told.
+//! Never here: who takes part; a failure that harms more than the sequences it may come from.
 
-use conclave_model::transformer::{FeedForward, Segment, Transformer};
+use std::panic::AssertUnwindSafe;
+
+use conclave_model::{Hidden, batch::Segment};
+use conclave_proto::status::Failure;
+use conclave_runtime::tensor_thread::panic_message;
+use futures::FutureExt;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
-use super::running::{Running, StepLogits};
-use crate::moe::{Exchange, exchange};
+use super::{
+    Engine, RETRY_AFTER,
+    pass::{self, Spent},
+    running::Running,
+};
+use crate::{
+    moe::exchange,
+    scheduler::policy::{self, Grant},
+    sequence::EventSender,
+};
 
-/// Computes `batch`, complete or not at all, before `deadline`.
-pub(super) async fn forward(
-    transformer: &Transformer,
-    exchange: &Exchange,
-    batch: &mut [(&mut Running, usize)],
-    deadline: Instant,
-) -> Result<Vec<StepLogits>, exchange::Error> {
-    let (mut tokens, mut positions) = (Vec::new(), Vec::new());
-    for (sequence, count) in batch.iter() {
-        let (start, next) = sequence.next_tokens(*count);
-        positions.extend(start as i64..(start + next.len()) as i64);
-        tokens.extend(next);
+/// Rows of logits that exist at once where a prompt's are wanted.
+const LOGITS_AT_ONCE: usize = 64;
+
+/// Rows that go through the model together.
+#[derive(Default)]
+pub(super) struct MicroBatch {
+    pub(super) members: Vec<Grant>,
+    pub(super) segments: Vec<Segment>,
+    tokens: Vec<u32>,
+    deadline: Option<Instant>,
+    readers: Vec<EventSender>,
+}
+
+/// What came of one.
+enum Outcome {
+    Computed(Hidden),
+    /// The last of its deadlines passed.
+    Late(Failure),
+    /// Some sequence of it cannot be computed.
+    Failed(String),
+    /// Nobody waits for it any more.
+    Abandoned,
+}
+
+impl Engine {
+    pub(super) async fn step(&self, sequences: &mut Vec<Running>, planned: policy::Step, stop: &CancellationToken) {
+        let began = Instant::now();
+        for &index in &planned.preempted {
+            sequences[index].preempt();
+        }
+        self.counters.preempted(planned.preempted.len());
+        let grants = self.reserve(sequences, planned.grants);
+        let micro_batches = self.divide(sequences, &grants, began);
+        let spent = Spent::default();
+        let run = |micro_batch| self.run_micro_batch(micro_batch, &spent, stop);
+        let outcomes = match &micro_batches[..] {
+            [one] => vec![run(one).await],
+            // While one waits for its experts, the other computes.
+            [first, second] => {
+                let (first, second) = tokio::join!(run(first), run(second));
+                vec![first, second]
+            }
+            _ => return,
+        };
+        for (micro_batch, outcome) in micro_batches.iter().zip(outcomes) {
+            match outcome {
+                Outcome::Computed(x) => {
+                    spent.computing(|| self.draw(sequences, micro_batch, &x));
+                    self.guess(sequences, micro_batch, &x, &spent).await;
+                }
+                Outcome::Late(failure) => late(sequences, micro_batch, &failure),
+                Outcome::Failed(why) => failed(sequences, micro_batch, &why),
+                Outcome::Abandoned => {}
+            }
+        }
+        self.counters.stepped(began.elapsed(), &spent, micro_batches.len(), &grants);
     }
-    let positions = transformer.positions(&positions);
-    let mut x = transformer.embed(&tokens);
-    for block in transformer.blocks() {
-        let mut segments: Vec<Segment<'_>> =
-            batch.iter_mut().map(|(sequence, rows)| Segment { rows: *rows, cache: &mut sequence.cache }).collect();
-        x = block.attend(&x, &positions, &mut segments);
-        let normed = block.normed(&x);
-        x = match block.feed_forward() {
-            FeedForward::Dense(dense) => dense.forward(&x, &normed),
-            FeedForward::Moe(moe) => {
-                let routing = moe.route(&normed);
-                let rows = normed.to_rows();
-                // The exchange is polled first: its rows are on their way while the shared expert is computed here.
-                let (routed, shared) = tokio::join!(
-                    biased;
-                    exchange.routed(block.layer() as u32, &rows, &routing, deadline),
-                    async { moe.shared(&normed) }
-                );
-                moe.finish(&x, &routed?, shared)
+
+    /// Takes the blocks for all grants: first what the cache remembers, so that nothing of it is given to another.
+    fn reserve(&self, sequences: &mut [Running], mut grants: Vec<Grant>) -> Vec<Grant> {
+        for grant in &grants {
+            if let Some((tokens, found)) = sequences[grant.index].find_prefix(&self.pool) {
+                self.counters.looked_for_prefix(tokens, found);
+            }
+        }
+        grants.retain(|grant| sequences[grant.index].reserve(grant.tokens, &self.pool, &self.cache));
+        grants
+    }
+
+    /// One micro-batch, or two of about as many rows where the step is large enough.
+    fn divide(&self, sequences: &mut [Running], grants: &[Grant], now: Instant) -> Vec<MicroBatch> {
+        let rows: usize = grants.iter().map(|grant| grant.tokens).sum();
+        let two = self.micro_batch_rows.is_some_and(|least| rows >= 2 * least) && grants.len() > 1;
+        let mut micro_batches = vec![MicroBatch::default()];
+        let mut placed = 0;
+        for &grant in grants {
+            if two && micro_batches.len() == 1 && placed > 0 && 2 * placed + grant.tokens > rows {
+                micro_batches.push(MicroBatch::default());
+            }
+            placed += grant.tokens;
+            if let Some(micro_batch) = micro_batches.last_mut() {
+                micro_batch.add(&mut sequences[grant.index], grant, now);
+            }
+        }
+        micro_batches.retain(|micro_batch| !micro_batch.members.is_empty());
+        micro_batches
+    }
+
+    async fn run_micro_batch(&self, micro_batch: &MicroBatch, spent: &Spent, stop: &CancellationToken) -> Outcome {
+        let MicroBatch { segments, tokens, deadline, readers, .. } = micro_batch;
+        let Some(deadline) = *deadline else { return Outcome::Abandoned };
+        // A step that nobody waits for any more is given up, whatever it was waiting for itself.
+        let abandoned = async {
+            for events in readers {
+                events.closed().await;
             }
         };
+        let forward = pass::forward(self.machine(), segments, tokens, deadline, spent);
+        // libtorch's errors, a lack of memory among them, are panics: they end this step and not the engine.
+        let passed = tokio::select! {
+            passed = AssertUnwindSafe(forward).catch_unwind() => passed,
+            () = abandoned => return Outcome::Abandoned,
+            () = stop.cancelled() => return Outcome::Abandoned,
+        };
+        match passed {
+            Ok(Ok(x)) => Outcome::Computed(x),
+            Ok(Err(exchange::Error::Deadline { waiting_for, .. })) => {
+                Outcome::Late(Failure::unavailable("NO_EXPERT_HOLDER", waiting_for, RETRY_AFTER))
+            }
+            Ok(Err(error)) => Outcome::Failed(error.to_string()),
+            Err(panic) => Outcome::Failed(panic_message(&*panic)),
+        }
     }
-    let mut logits = Vec::with_capacity(batch.len());
-    let mut start = 0;
-    for (sequence, rows) in batch.iter() {
-        let first = if sequence.wants_all_logits() { start } else { start + rows - 1 };
-        let values = transformer.logits(&x, &(first..start + rows).collect::<Vec<_>>());
-        logits.push(StepLogits { values, vocab: transformer.config().vocab_size });
-        start += rows;
+
+    /// A token for each sequence that is computed as far as it is known; siblings for those that are to have some.
+    fn draw(&self, sequences: &mut Vec<Running>, micro_batch: &MicroBatch, x: &Hidden) {
+        let drawn = std::panic::catch_unwind(AssertUnwindSafe(|| self.try_draw(sequences, micro_batch, x)));
+        if let Err(panic) = drawn {
+            failed(sequences, micro_batch, &panic_message(&*panic));
+        }
     }
-    Ok(logits)
+
+    fn try_draw(&self, sequences: &mut Vec<Running>, micro_batch: &MicroBatch, x: &Hidden) {
+        let vocab = self.transformer.config().vocab_size;
+        let (mut first, mut rows, mut takers) = (0, Vec::new(), Vec::new());
+        for grant in &micro_batch.members {
+            let sequence = &mut sequences[grant.index];
+            if sequence.wants_prompt_logprobs() {
+                self.note_prompt(sequence, x, first, grant.tokens);
+            }
+            let known = grant.tokens.min(sequence.pending());
+            if known == sequence.pending() {
+                // The last known token's row, and the draft's behind it.
+                rows.extend(first + known - 1..first + grant.tokens);
+                takers.push((grant.index, grant.tokens - known + 1));
+            }
+            sequence.advance(known);
+            first += grant.tokens;
+        }
+        // One product for all: the head is as large as the vocabulary.
+        let logits = if rows.is_empty() { Vec::new() } else { self.transformer.logits(x, &rows) };
+        let mut logits = logits.as_slice();
+        for (index, rows) in takers {
+            let (own, rest) = logits.split_at(rows * vocab);
+            logits = rest;
+            self.draw_answers(sequences, index, own, vocab);
+        }
+    }
+
+    /// Draws for one sequence; at its first token also for the request's other answers, which begin here.
+    fn draw_answers(&self, sequences: &mut Vec<Running>, index: usize, logits: &[f32], vocab: usize) {
+        let sequence = &sequences[index];
+        let answers = sequence.request.answers;
+        let siblings = if sequence.answer == 0 && sequence.times.first_token.is_none() { 1..answers } else { 1..1 };
+        let siblings: Vec<Running> = siblings.map(|answer| sequence.sibling(answer, &self.pool, &self.cache)).collect();
+        let right = sequences[index].draw(logits, vocab);
+        self.counters.drafted(right);
+        for mut sibling in siblings {
+            sibling.draw(logits, vocab);
+            sequences.push(sibling);
+        }
+    }
+
+    /// The prompt's own logprobs, some rows at a time.
+    fn note_prompt(&self, sequence: &mut Running, x: &Hidden, first: usize, rows: usize) {
+        let vocab = self.transformer.config().vocab_size;
+        let start = sequence.computed;
+        for part in (0..rows).step_by(LOGITS_AT_ONCE) {
+            let here = LOGITS_AT_ONCE.min(rows - part);
+            let logits = self.transformer.logits(x, &(first + part..first + part + here).collect::<Vec<_>>());
+            if !conclave_model::wire::all_finite(&logits) {
+                return sequence.fail_not_finite();
+            }
+            sequence.note_prompt_logprobs(start + part, &logits, vocab);
+        }
+    }
+}
+
+impl MicroBatch {
+    fn add(&mut self, sequence: &mut Running, grant: Grant, now: Instant) {
+        self.segments.push(sequence.segment(grant.tokens, now, &mut self.tokens));
+        self.deadline = self.deadline.max(Some(sequence.deadline()));
+        self.readers.push(sequence.reader.events.clone());
+        self.members.push(grant);
+    }
+}
+
+fn late(sequences: &mut [Running], micro_batch: &MicroBatch, failure: &Failure) {
+    warn!(why = failure.message, sequences = micro_batch.members.len(), "step failed");
+    micro_batch.members.iter().for_each(|grant| sequences[grant.index].fail(failure.clone()));
+}
+
+fn failed(sequences: &mut [Running], micro_batch: &MicroBatch, why: &str) {
+    warn!(why, sequences = micro_batch.members.len(), "step failed");
+    // Which sequence of several is at fault only computing each alone can tell.
+    let alone = micro_batch.members.len() == 1;
+    for grant in &micro_batch.members {
+        let sequence = &mut sequences[grant.index];
+        if alone {
+            // What libtorch says of its insides is for the log, not for clients.
+            sequence.fail(Failure::internal("this request could not be computed"));
+        } else {
+            sequence.isolate();
+        }
+    }
 }

@@ -3,7 +3,7 @@
 use conclave_proto::status::ErrorKind;
 
 use super::*;
-use crate::api::test_model::{BOS, CONTEXT, served};
+use crate::api::test_model::{BOS, CONTEXT, LIMITS, served};
 
 fn bytes(text: &str) -> Vec<u32> {
     text.bytes().map(u32::from).collect()
@@ -19,7 +19,7 @@ fn chat_of(messages: Vec<pb::ChatMessage>) -> pb::Chat {
 
 fn encoded(messages: Vec<pb::ChatMessage>) -> Result<Vec<u32>, Failure> {
     let model = served();
-    chat(&model, &Bounds::new(&model), chat_of(messages))
+    chat(&model, &Bounds::new(&model, LIMITS), chat_of(messages))
 }
 
 #[track_caller]
@@ -30,7 +30,7 @@ fn assert_invalid(failure: &Failure, field: &str) {
 #[test]
 fn a_prompt_gets_its_special_tokens_and_a_chat_writes_its_own() {
     let model = served();
-    let bounds = Bounds::new(&model);
+    let bounds = Bounds::new(&model, LIMITS);
     assert_eq!(prompt(&model, &bounds, "prompt", "hé").unwrap(), [vec![BOS], bytes("hé")].concat());
     let ids = encoded(vec![said("user", "hi")]).unwrap();
     assert_eq!(ids, [vec![BOS], bytes("u:hi\na:")].concat());
@@ -59,7 +59,7 @@ fn messages_are_bounded() {
 #[test]
 fn text_is_bounded_before_it_is_tokenised() {
     let model = served();
-    let bounds = Bounds::new(&model);
+    let bounds = Bounds::new(&model, LIMITS);
     // Too many tokens, but few enough bytes to count them.
     assert_eq!(prompt(&model, &bounds, "prompt", &"x".repeat(TEXT_BYTES_MIN)).unwrap().len(), TEXT_BYTES_MIN + 1);
     let failure = prompt(&model, &bounds, "prompt", &"x".repeat(TEXT_BYTES_MIN + 1)).unwrap_err();
@@ -70,7 +70,7 @@ fn text_is_bounded_before_it_is_tokenised() {
 #[test]
 fn ids_and_text_round_trip() {
     let model = served();
-    let bounds = Bounds::new(&model);
+    let bounds = Bounds::new(&model, LIMITS);
     let text = "Grüße, 世界!";
     let request = pb::TokenizeRequest { input: Some(Input::Text(text.to_owned())) };
     let ids = tokenize(&model, &bounds, request).unwrap().ids;
@@ -85,7 +85,7 @@ fn ids_and_text_round_trip() {
 #[test]
 fn detokenising_is_bounded() {
     let model = served();
-    let bounds = Bounds::new(&model);
+    let bounds = Bounds::new(&model, LIMITS);
     let of = |ids| detokenize(&model, &bounds, pb::DetokenizeRequest { ids, skip_special_tokens: false });
     assert_invalid(&of(vec![65, 260]).unwrap_err(), "ids[1]");
     assert_invalid(&of(vec![65; CONTEXT + 1]).unwrap_err(), "ids");
@@ -98,7 +98,7 @@ fn detokenising_is_bounded() {
 fn what_the_folder_lacks_is_said() {
     let mut model = served();
     model.chat_template = None;
-    let bounds = Bounds::new(&model);
+    let bounds = Bounds::new(&model, LIMITS);
     let failure = chat(&model, &bounds, chat_of(vec![said("user", "hi")])).unwrap_err();
     assert_eq!((failure.kind, failure.reason), (ErrorKind::FailedPrecondition, "NO_CHAT_TEMPLATE"));
     model.tokenizer = None;
@@ -114,7 +114,7 @@ fn what_the_folder_lacks_is_said() {
 #[test]
 fn a_model_describes_itself() {
     let model = served();
-    let told = crate::api::model_info::describe(&model, &Bounds::new(&model));
+    let told = crate::api::model_info::describe(&model, &Bounds::new(&model, LIMITS));
     assert_eq!((told.name.as_str(), told.family.as_str()), ("tiny", "deepseek_v3"));
     assert_eq!((told.context_tokens, told.vocab_size, told.layers, told.moe_layers), (64, 260, 3, 2));
     assert_eq!((told.routed_experts, told.experts_per_token), (8, 2));

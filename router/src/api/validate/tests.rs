@@ -13,6 +13,7 @@ fn bounds() -> Bounds {
         name: "tiny".to_owned(),
         context_tokens: CONTEXT,
         vocab_size: VOCAB,
+        answers_max: 8,
         has_tokenizer: true,
         eos_token_ids: vec![1, 2],
         defaults: Defaults::new(&GenerationConfig {
@@ -262,6 +263,27 @@ fn names_ids_and_priorities_are_checked() {
 }
 
 #[test]
+fn answers_are_as_many_as_there_is_room_for_and_not_resumed_together() {
+    let asked = |n| pb::GenerateRequest { n, ..plain() };
+    let answers = |n| check(asked(n)).unwrap().request.answers;
+    assert_eq!((answers(None), answers(Some(1)), answers(Some(8))), (1, 1, 8));
+    for n in [0, 17, u32::MAX] {
+        assert!(refused(asked(Some(n)), "n").contains("[1, 16]"));
+    }
+    assert!(refused(asked(Some(9)), "n").contains("at most 8"));
+    let resumed = |n| pb::GenerateRequest { resume_tokens: vec![8], ..asked(n) };
+    assert!(check(resumed(Some(1))).is_ok());
+    refused(resumed(Some(2)), "resume_tokens");
+}
+
+#[test]
+fn a_cache_salt_is_short() {
+    let salted = |salt: String| pb::GenerateRequest { cache_salt: salt, ..plain() };
+    assert_eq!(&*check(salted("é".repeat(64))).unwrap().request.cache_salt, "é".repeat(64));
+    refused(salted("é".repeat(65)), "cache_salt");
+}
+
+#[test]
 fn some_input_is_needed() {
     refused(pb::GenerateRequest { input: None, ..plain() }, "input");
     refused(pb::GenerateRequest { input: Some(Input::Tokens(pb::TokenIds::default())), ..plain() }, "tokens.ids");
@@ -320,3 +342,5 @@ proptest! {
         }
     }
 }
+
+mod every_field;

@@ -1,0 +1,103 @@
+//! One forward pass: embed, then per layer attention here and experts elsewhere.
+//!
+//! In: segments of sequences with their tokens. Out: the residual stream behind the last layer.
+//! Never here: drawing, choosing, blocks. A pass that fails leaves rows behind in its blocks; nobody counts them as
+//! computed, and the next pass writes over them.
+
+use std::cell::Cell;
+
+use conclave_model::{
+    Hidden,
+    batch::{Batch, Segment},
+    cache::KvCache,
+    transformer::{Block, FeedForward, Transformer},
+};
+use tokio::time::{Duration, Instant};
+
+use crate::moe::{Exchange, exchange};
+
+/// What a pass computes with.
+#[derive(Clone, Copy, Debug)]
+pub struct Machine<'a> {
+    /// The router's half of the model.
+    pub transformer: &'a Transformer,
+    /// The way to the other half.
+    pub exchange: &'a Exchange,
+    /// Where latents go.
+    pub cache: &'a KvCache,
+}
+
+/// Where a step's time went. Two passes that run at once add up to more than the time that passes: that is the overlap.
+#[derive(Debug, Default)]
+pub struct Spent {
+    compute: Cell<Duration>,
+    away: Cell<Duration>,
+}
+
+impl Spent {
+    /// On this thread.
+    pub fn compute(&self) -> Duration {
+        self.compute.get()
+    }
+
+    /// From rows leaving for experts to the last coming back.
+    pub fn away(&self) -> Duration {
+        self.away.get()
+    }
+
+    /// Runs and times what this thread computes.
+    pub fn computing<T>(&self, work: impl FnOnce() -> T) -> T {
+        let began = Instant::now();
+        let done = work();
+        self.compute.set(self.compute.get() + began.elapsed());
+        done
+    }
+}
+
+/// Computes the rows of `segments`, whose tokens are `tokens` one after the other, complete or not at all, before
+/// `deadline`. `[T, D]`.
+pub async fn forward(
+    machine: Machine<'_>,
+    segments: &[Segment],
+    tokens: &[u32],
+    deadline: Instant,
+    spent: &Spent,
+) -> Result<Hidden, exchange::Error> {
+    let Machine { transformer, .. } = machine;
+    let (batch, mut x) = spent.computing(|| (transformer.batch(segments), transformer.embed(tokens)));
+    for block in transformer.blocks() {
+        x = layer(machine, block, x, &batch, deadline, spent).await?;
+    }
+    Ok(x)
+}
+
+/// One layer of it.
+pub async fn layer(
+    machine: Machine<'_>,
+    block: &Block,
+    x: Hidden,
+    batch: &Batch<'_>,
+    deadline: Instant,
+    spent: &Spent,
+) -> Result<Hidden, exchange::Error> {
+    let (x, normed) = spent.computing(|| {
+        let x = block.attend(&x, batch, machine.cache);
+        let normed = block.normed(&x);
+        (x, normed)
+    });
+    let moe = match block.feed_forward() {
+        FeedForward::Dense(dense) => return Ok(spent.computing(|| dense.forward(&x, &normed))),
+        FeedForward::Moe(moe) => moe,
+    };
+    let (routing, rows) = spent.computing(|| (moe.route(&normed), normed.to_rows()));
+    let sent = Instant::now();
+    // The exchange is polled first: its rows are on their way while the shared expert is computed here.
+    let (routed, shared) = tokio::join!(
+        biased;
+        machine.exchange.routed(block.layer() as u32, &rows, &routing, deadline),
+        async { spent.computing(|| moe.shared(&normed)) }
+    );
+    spent.away.set(spent.away.get() + sent.elapsed());
+    let routed = routed?;
+    Ok(spent.computing(|| moe.finish(&x, &routed, shared)))
+}

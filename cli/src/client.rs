@@ -75,7 +75,16 @@ pub(crate) async fn connect(endpoint: &str) -> anyhow::Result<InferenceClient<Ch
     let channel = channel(endpoint)?.connect().await.map_err(|error| {
         anyhow!("cannot reach a router at {endpoint} ({}); is `conclave up` running?", root(&error))
     })?;
-    Ok(InferenceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+    Ok(client(channel))
+}
+
+/// A client that connects when it is first used.
+pub(crate) fn connect_lazily(endpoint: &str) -> anyhow::Result<InferenceClient<Channel>> {
+    Ok(client(channel(endpoint)?.connect_lazy()))
+}
+
+fn client(channel: Channel) -> InferenceClient<Channel> {
+    InferenceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES)
 }
 
 /// An endpoint for "host:port" or "http://host:port".

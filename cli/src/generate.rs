@@ -1,7 +1,9 @@
 //! `conclave generate`: one prompt comes in, the answer leaves on stdout as it is drawn, as text or as one JSON object
-//! a line. Counts and times go to stderr. No history, no retry.
+//! a line. Several answers leave one after the other, each under its number. Counts and times go to stderr. No history,
+//! no retry.
 
 use std::io::Read;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -24,7 +26,10 @@ const MAX_PROMPT_BYTES: u64 = 16 << 20;
   conclave generate --chat 'What is the capital of France?'
   conclave generate --max-tokens 32 --temperature 0 'Once upon a time'
   conclave generate --tokens 1,2,3 --ignore-eos --max-tokens 8 --json
-  git diff | conclave generate --chat -")]
+  conclave generate --n 3 --max-tokens 32 'Once upon a time'
+  git diff | conclave generate --chat -
+  conclave generate --chat --json-schema person.json 'Invent somebody.'
+  conclave generate --choice yes --choice no 'Is water wet? '")]
 pub(crate) struct Args {
     #[command(flatten)]
     options: client::Options,
@@ -37,9 +42,21 @@ pub(crate) struct Args {
     /// Token ids instead of a text.
     #[arg(long, value_name = "IDS", value_delimiter = ',', conflicts_with_all = ["prompt", "chat"])]
     tokens: Vec<u32>,
+    /// Answers to draw, 1 to 16: each under its number, whole once the ones before it are.
+    #[arg(long, value_name = "N")]
+    n: Option<u32>,
     /// Go on past the model's end-of-sequence tokens.
     #[arg(long)]
     ignore_eos: bool,
+    /// The answer is JSON that fits the JSON Schema in FILE.
+    #[arg(long, value_name = "FILE", group = "grammar")]
+    json_schema: Option<PathBuf>,
+    /// The whole answer matches this regular expression.
+    #[arg(long, value_name = "PATTERN", group = "grammar", allow_hyphen_values = true)]
+    regex: Option<String>,
+    /// The answer is this text, or another one given so; may be repeated.
+    #[arg(long, value_name = "TEXT", group = "grammar", allow_hyphen_values = true)]
+    choice: Vec<String>,
     /// One token a line with its log probability, and the TOP most probable ones beside it.
     #[arg(long, value_name = "TOP", num_args = 0..=1, require_equals = true, default_missing_value = "0")]
     logprobs: Option<u32>,
@@ -59,37 +76,96 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         Ok(response) => response.into_inner(),
         Err(status) => return failed(&args, &status, &mut output),
     };
-    let mut ends_open = false;
+    let mut sorted = Sorted::new(args.n.map_or(1, |n| n as usize));
     loop {
         let event = match stream.message().await {
             Ok(Some(message)) => message.event,
             Ok(None) => bail!("the answer ended without its last event"),
             Err(status) => {
-                if ends_open {
-                    output.line("")?;
-                }
+                output.text(sorted.line_end())?;
                 return failed(&args, &status, &mut output);
             }
         };
         let Some(event) = event else { continue };
         if args.json {
             output.line(&serde_json::to_string(&Line::of(&event))?)?;
-        } else if args.logprobs.is_some() {
-            print_logprobs(&event, &mut output)?;
-        } else {
-            let text = text_of(&event);
-            output.text(&text)?;
-            ends_open = if text.is_empty() { ends_open } else { !text.ends_with('\n') };
         }
-        if let Event::Finished(finished) = event {
-            if ends_open {
-                output.line("")?;
-            }
-            if args.timings {
-                terminal::warn(&summary(&finished));
-            }
+        let text = match (args.json, args.logprobs) {
+            (true, _) => String::new(),
+            (false, Some(_)) => logprob_lines(&event),
+            (false, None) => text_of(&event),
+        };
+        let text = sorted.add(&event, &text).context("the router answers more than it was asked")?;
+        if !args.json {
+            output.text(&text)?;
+        }
+        if let Event::Finished(finished) = &event
+            && args.timings
+        {
+            terminal::warn(&summary(finished, args.n.is_some()));
+        }
+        if sorted.is_over() {
             return Ok(ExitCode::SUCCESS);
         }
+    }
+}
+
+/// The text of answers that come mixed, in the order of their indices: the first that is not finished leaves as it
+/// comes, those after it when their turn has come, each under its number if there are several.
+#[derive(Debug)]
+struct Sorted {
+    /// What has come of each and has not left, and whether it is finished.
+    answers: Vec<(String, bool)>,
+    /// The one whose turn it is; whether its number has left.
+    current: usize,
+    headed: bool,
+    /// What left last lacks the end of its line.
+    line_open: bool,
+}
+
+impl Sorted {
+    fn new(answers: usize) -> Self {
+        Self { answers: vec![(String::new(), false); answers], current: 0, headed: false, line_open: false }
+    }
+
+    /// Takes an event, with the text it adds to its answer; what leaves now. `None` for an answer that there is not.
+    fn add(&mut self, event: &Event, text: &str) -> Option<String> {
+        let (index, finished) = match event {
+            Event::Started(_) => return Some(String::new()),
+            Event::Tokens(tokens) => (tokens.index, false),
+            Event::Finished(finished) => (finished.index, true),
+        };
+        let (held, is_finished) = self.answers.get_mut(index as usize)?;
+        held.push_str(text);
+        *is_finished |= finished;
+        let several = self.answers.len() > 1;
+        let mut leaves = String::new();
+        while let Some((held, finished)) = self.answers.get_mut(self.current) {
+            if several && !self.headed {
+                leaves.push_str(&format!("--- {}\n", self.current));
+                self.headed = true;
+            }
+            if !held.is_empty() {
+                self.line_open = !held.ends_with('\n');
+                leaves.push_str(&std::mem::take(held));
+            }
+            if !*finished {
+                break;
+            }
+            self.current += 1;
+            self.headed = false;
+            leaves.push_str(self.line_end());
+        }
+        Some(leaves)
+    }
+
+    /// What the line needs that is open.
+    fn line_end(&mut self) -> &'static str {
+        if std::mem::take(&mut self.line_open) { "\n" } else { "" }
+    }
+
+    fn is_over(&self) -> bool {
+        self.current == self.answers.len()
     }
 }
 
@@ -119,8 +195,26 @@ fn request(args: &Args) -> anyhow::Result<pb::GenerateRequest> {
     if let Some(stop) = &mut request.stop {
         stop.ignore_eos = args.ignore_eos;
     }
+    request.n = args.n;
+    request.structured = structured(args)?;
     request.logprobs = args.logprobs.map(|top| pb::LogprobParams { sampled: true, top, prompt: false });
     Ok(request)
+}
+
+/// What the answer must look like; how large it may be is the router's business.
+fn structured(args: &Args) -> anyhow::Result<Option<pb::StructuredOutput>> {
+    use pb::structured_output::Grammar;
+    let grammar = if let Some(file) = &args.json_schema {
+        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        Grammar::JsonSchema(text)
+    } else if let Some(pattern) = &args.regex {
+        Grammar::Regex(pattern.clone())
+    } else if !args.choice.is_empty() {
+        Grammar::Choice(pb::Choice { options: args.choice.clone() })
+    } else {
+        return Ok(None);
+    };
+    Ok(Some(pb::StructuredOutput { grammar: Some(grammar) }))
 }
 
 fn from_stdin() -> anyhow::Result<String> {
@@ -146,26 +240,29 @@ fn failed(args: &Args, status: &Status, output: &mut Output) -> anyhow::Result<E
     Ok(ExitCode::FAILURE)
 }
 
-fn print_logprobs(event: &Event, output: &mut Output) -> std::io::Result<()> {
-    let Event::Tokens(tokens) = event else { return Ok(()) };
+/// One token a line.
+fn logprob_lines(event: &Event) -> String {
+    let Event::Tokens(tokens) = event else { return String::new() };
+    let mut lines = String::new();
     for token in &tokens.tokens {
         let logprob = token.logprob.map_or_else(|| "-".to_owned(), |value| format!("{value:.4}"));
-        let mut line = format!("{}\t{logprob}\t{:?}", token.id, token.text);
+        lines.push_str(&format!("{}\t{logprob}\t{:?}", token.id, token.text));
         for top in &token.top {
-            line.push_str(&format!("\t{}:{:.4}", top.id, top.logprob));
+            lines.push_str(&format!("\t{}:{:.4}", top.id, top.logprob));
         }
-        output.line(&line)?;
+        lines.push('\n');
     }
-    Ok(())
+    lines
 }
 
-/// One line about a whole answer.
-fn summary(finished: &pb::Finished) -> String {
+/// One line about a whole answer, with its number where there may be several.
+fn summary(finished: &pb::Finished, numbered: bool) -> String {
     let usage = finished.usage.unwrap_or_default();
     let timings = finished.timings.unwrap_or_default();
     let time = |us: u64| terminal::duration(Duration::from_micros(us));
+    let number = if numbered { format!("{}: ", finished.index) } else { String::new() };
     let mut line = format!(
-        "{} prompt tokens ({} cached), {} drawn; queue {}, prefill {}, decode {}, total {}",
+        "{number}{} prompt tokens ({} cached), {} drawn; queue {}, prefill {}, decode {}, total {}",
         usage.prompt_tokens,
         usage.cached_tokens,
         usage.completion_tokens,
@@ -196,13 +293,13 @@ fn reason(finished: &pb::Finished) -> &'static str {
 #[serde(tag = "event", rename_all = "snake_case")]
 enum Line {
     Started { request_id: String, prompt_tokens: u32, cached_tokens: u32, seed: u64 },
-    Tokens { tokens: Vec<TokenLine> },
+    Tokens { index: u32, tokens: Vec<TokenLine> },
     Finished(FinishedLine),
     Error { code: String, message: String, field: Option<String>, reason: Option<String>, retry_after_ms: Option<u64> },
 }
 
 /// gRPC's own spelling: `InvalidArgument` is INVALID_ARGUMENT.
-fn code_name(code: tonic::Code) -> String {
+pub(crate) fn code_name(code: tonic::Code) -> String {
     let mut name = String::new();
     for letter in format!("{code:?}").chars() {
         if letter.is_ascii_uppercase() && !name.is_empty() {
@@ -231,6 +328,7 @@ struct TopLine {
 
 #[derive(Serialize)]
 struct FinishedLine {
+    index: u32,
     reason: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_token_id: Option<u32>,
@@ -255,7 +353,9 @@ impl Line {
                 cached_tokens: started.cached_tokens,
                 seed: started.seed,
             },
-            Event::Tokens(tokens) => Self::Tokens { tokens: tokens.tokens.iter().map(TokenLine::of).collect() },
+            Event::Tokens(tokens) => {
+                Self::Tokens { index: tokens.index, tokens: tokens.tokens.iter().map(TokenLine::of).collect() }
+            }
             Event::Finished(finished) => Self::Finished(FinishedLine::of(finished)),
         }
     }
@@ -292,6 +392,7 @@ impl FinishedLine {
             None => (None, None),
         };
         Self {
+            index: finished.index,
             reason: reason(finished),
             stop_token_id,
             stop_string,
@@ -308,56 +409,4 @@ impl FinishedLine {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser;
-    use conclave_proto::status::Failure;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Command {
-        #[command(flatten)]
-        args: Args,
-    }
-
-    fn parse(line: &[&str]) -> Result<Args, clap::Error> {
-        Command::try_parse_from([&["generate"], line].concat()).map(|command| command.args)
-    }
-
-    #[test]
-    fn flags_reach_the_request() {
-        let line = ["--chat", "--temperature", "-1", "--seed", "7", "--stop", "a", "--stop", "b", "--logprobs=3", "hi"];
-        let request = request(&parse(&line).unwrap()).unwrap();
-        assert!(matches!(request.input, Some(Input::Chat(ref chat)) if chat.messages[0].content == "hi"));
-        let sampling = request.sampling.unwrap();
-        assert_eq!((sampling.temperature, sampling.seed, sampling.top_p), (Some(-1.0), Some(7), None));
-        assert_eq!(request.stop.unwrap().strings, ["a", "b"]);
-        assert_eq!(request.logprobs, Some(pb::LogprobParams { sampled: true, top: 3, prompt: false }));
-    }
-
-    #[test]
-    fn token_ids_stand_instead_of_a_prompt() {
-        let request = request(&parse(&["--tokens", "1,2,3", "--ignore-eos"]).unwrap()).unwrap();
-        assert_eq!(request.input, Some(Input::Tokens(pb::TokenIds { ids: vec![1, 2, 3] })));
-        assert!(request.stop.unwrap().ignore_eos);
-        assert!(parse(&["--tokens", "1", "prompt"]).is_err());
-        assert!(parse(&[]).is_err());
-    }
-
-    #[test]
-    fn logprobs_are_printed_as_short_as_they_are_exact() {
-        let token = pb::Token { id: 5, text: " a".to_owned(), logprob: Some(-0.1), top: Vec::new() };
-        let line = Line::of(&Event::Tokens(pb::Tokens { tokens: vec![token] }));
-        let text = serde_json::to_string(&line).unwrap();
-        assert_eq!(text, r#"{"event":"tokens","tokens":[{"id":5,"text":" a","logprob":-0.1}]}"#);
-    }
-
-    #[test]
-    fn an_error_is_an_event_too() {
-        let status: Status = Failure::invalid("stop.max_tokens", "must be at least 1").into();
-        let value = serde_json::to_value(Line::of_error(&status)).unwrap();
-        assert_eq!(value["event"], "error");
-        assert_eq!(value["code"], "INVALID_ARGUMENT");
-        assert_eq!(value["field"], "stop.max_tokens");
-    }
-}
+mod tests;

@@ -48,6 +48,8 @@ struct Report {
     layers: usize,
     dense_layers: usize,
     moe_layers: usize,
+    /// The layer of multi-token prediction, which comes after the others; none where the files do not hold it.
+    mtp_layer: Option<usize>,
     hidden_size: usize,
     vocab_size: usize,
     context_tokens: usize,
@@ -75,8 +77,8 @@ impl Report {
     fn of(checkpoint: &Checkpoint, workers: u32) -> anyhow::Result<Self> {
         let config = checkpoint.config();
         let identity = checkpoint.identity()?;
-        let moe_layers = config.moe_layers().count();
-        let experts = moe_layers as u64 * config.n_routed_experts as u64;
+        let moe_layers = own_moe_layers(config);
+        let experts = config.moe_layers().count() as u64 * config.n_routed_experts as u64;
         let expert_bytes = checkpoint.expert_bytes();
         let total_bytes = checkpoint.tensor_bytes();
         let routed_bytes = experts * expert_bytes;
@@ -89,6 +91,7 @@ impl Report {
             layers: config.num_hidden_layers,
             dense_layers: config.num_hidden_layers - moe_layers,
             moe_layers,
+            mtp_layer: config.mtp_layer(),
             hidden_size: config.hidden_size,
             vocab_size: config.vocab_size,
             context_tokens: config.max_position_embeddings,
@@ -122,6 +125,10 @@ impl Report {
         let rows = [
             ("family", self.family.clone()),
             ("layers", format!("{} ({} dense, {} with experts)", self.layers, self.dense_layers, self.moe_layers)),
+            (
+                "  token prediction",
+                self.mtp_layer.map_or_else(|| "none".to_owned(), |layer| format!("layer {layer}, experts of its own")),
+            ),
             (
                 "sizes",
                 format!(
@@ -163,6 +170,11 @@ impl Report {
     }
 }
 
+/// The decoder's layers with experts, that of multi-token prediction not included.
+fn own_moe_layers(config: &ModelConfig) -> usize {
+    (0..config.num_hidden_layers).filter(|&layer| config.is_moe(layer)).count()
+}
+
 /// What `config.json` says the weights are.
 fn dtype(config: &ModelConfig) -> String {
     let name = config.dtype.map(|kind| format!("{kind:?}"));
@@ -175,7 +187,7 @@ fn dtype(config: &ModelConfig) -> String {
     }
 }
 
-/// Weights by count, FP8 scales and multi-token-prediction layers not included.
+/// Weights by count, as model cards count them: FP8 scales and multi-token prediction not included.
 struct Parameters {
     total: u64,
     /// Those that one token meets.
@@ -200,7 +212,7 @@ impl Parameters {
         let experts = of(config.n_routed_experts);
         let bias = u64::from(config.gate == conclave_model::config::GateKind::SigmoidNoauxTc);
         let gate = experts * (hidden + bias);
-        let moe_layers = of(config.moe_layers().count());
+        let moe_layers = of(own_moe_layers(config));
         let dense_layers = of(config.num_hidden_layers) - moe_layers;
         let embedding = of(config.vocab_size) * hidden;
         let head = if config.tie_word_embeddings { 0 } else { embedding };

@@ -1,6 +1,7 @@
 //! The `conclave` command: a command line comes in, one of the modules below does it, an exit status goes out. Errors
 //! are one line on stderr. Nothing is computed and no request is served in this process.
 
+mod bench;
 mod chat;
 mod client;
 mod generate;
@@ -22,6 +23,7 @@ use clap::{Parser, Subcommand};
     after_help = "Examples:
   conclave up --model DIR --workers 4
   conclave generate --chat 'What is the capital of France?'
+  conclave bench serve --num-prompts 64 --max-concurrency 16
   conclave checkpoint inspect DIR --workers 4"
 )]
 struct Cli {
@@ -34,12 +36,20 @@ enum Command {
     Up(Box<up::Args>),
     Generate(generate::Args),
     Chat(chat::Args),
+    /// Measure a running cluster.
+    #[command(subcommand)]
+    Bench(Bench),
     /// Look at what is placed where.
     #[command(subcommand)]
     Placement(Placement),
     /// Look at a model folder.
     #[command(subcommand)]
     Checkpoint(Checkpoint),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    Serve(bench::Args),
 }
 
 #[derive(Debug, Subcommand)]
@@ -70,6 +80,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Up(args) => up::run(*args).await,
         Command::Generate(args) => generate::run(args).await,
         Command::Chat(args) => chat::run(args).await,
+        Command::Bench(Bench::Serve(args)) => bench::serve(args).await,
         Command::Placement(Placement::Show(args)) => placement::run(args).await,
         Command::Checkpoint(Checkpoint::Inspect(args)) => inspect::run(&args),
     }
@@ -130,6 +141,10 @@ mod tests {
             "conclave generate --endpoint 127.0.0.1:7400 --chat --logprobs=2 --timings --json hello",
             "conclave generate -",
             "conclave chat --endpoint http://127.0.0.1:7400",
+            "conclave bench serve --num-prompts 100 --request-rate 2",
+            "conclave bench serve --endpoint 127.0.0.1:7400 --num-prompts 9 --request-rate inf --burstiness 0.5 --seed 1 \
+             --max-concurrency 4 --input-len 50 --input-range-ratio 0.2 --output-len 8 --output-range-ratio 0.5 \
+             --shared-prefix-len 1000 --temperature 1 --ignore-eos false --timeout 60 --warmup 1 --json",
             "conclave placement show --ready-file F --rows --json",
             "conclave placement show --store etcd=http://127.0.0.1:2379 --cluster c",
             "conclave checkpoint inspect DIR --workers 4 --json",

@@ -20,7 +20,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use local::Local;
 
 /// What a shell says of a process that SIGINT ended.
-const INTERRUPTED: u8 = 130;
+pub(crate) const INTERRUPTED: u8 = 130;
 
 /// Start a whole cluster on this machine: routers, expert workers and, unless etcd is given, a store.
 ///

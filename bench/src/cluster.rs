@@ -1,5 +1,5 @@
 //! A local cluster as a user starts it: `conclave up` as a child process. In: a checkpoint and a number of workers. Out:
-//! addresses, token times of one answer, and rows computed by each worker. Nothing here knows how the cluster works.
+//! addresses, token times of one answer, rows computed by each worker, the router's memory. Nothing here knows how the cluster works.
 
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -30,12 +30,17 @@ pub(crate) struct Answer {
     /// After the first token.
     pub(crate) tokens_per_second: f64,
     pub(crate) first_token: Duration,
+    /// When each token came.
+    pub(crate) arrivals: Vec<Instant>,
+    /// Of the prompt's tokens, those that the router found in its prefix cache.
+    pub(crate) cached_tokens: u32,
 }
 
 #[derive(Debug)]
 pub(crate) struct Cluster {
     child: Child,
     inference: String,
+    router_pid: u64,
     /// Id and address, in the order of the ready file.
     workers: Vec<(String, String)>,
     _scratch: TempDir,
@@ -70,11 +75,17 @@ impl Cluster {
         let workers = ready["workers"].as_array().context("no workers in the ready file")?;
         let workers = workers.iter().map(|worker| Ok((text(&worker["id"])?, text(&worker["address"])?)));
         let workers = workers.collect::<anyhow::Result<_>>()?;
-        Ok(Self { child, inference: text(&ready["inference"])?, workers, _scratch: scratch })
+        let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
+        Ok(Self { child, inference: text(&ready["inference"])?, router_pid, workers, _scratch: scratch })
     }
 
     pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
         Ok(InferenceClient::new(channel::internal(&self.inference)?.connect().await?))
+    }
+
+    /// What is served.
+    pub(crate) async fn model(&self) -> anyhow::Result<pb::GetModelResponse> {
+        Ok(self.client().await?.get_model(pb::GetModelRequest {}).await?.into_inner())
     }
 
     /// The ids Generate would see for a plain text.
@@ -95,21 +106,32 @@ impl Cluster {
         let mut client = self.client().await?;
         let asked = Instant::now();
         let mut stream = client.generate(request).await?.into_inner();
-        let (mut ids, mut first, mut last) = (Vec::new(), None, asked);
-        let mut with_first = 0;
+        let (mut ids, mut arrivals, mut cached_tokens) = (Vec::new(), Vec::new(), 0);
         while let Some(message) = stream.message().await? {
-            if let Some(Event::Tokens(drawn)) = message.event {
-                last = Instant::now();
-                ids.extend(drawn.tokens.iter().map(|token| token.id));
-                if first.is_none() && !ids.is_empty() {
-                    (first, with_first) = (Some(last), ids.len());
+            match message.event {
+                Some(Event::Started(started)) => cached_tokens = started.cached_tokens,
+                Some(Event::Tokens(drawn)) => {
+                    ids.extend(drawn.tokens.iter().map(|token| token.id));
+                    arrivals.resize(ids.len(), Instant::now());
                 }
+                _ => {}
             }
         }
-        let first = first.context("the answer had no token")?;
         ensure!(ids.len() == tokens as usize, "the cluster drew {} tokens instead of {tokens}", ids.len());
+        let (first, last) =
+            arrivals.first().copied().zip(arrivals.last().copied()).context("no token was asked for")?;
+        let with_first = arrivals.iter().filter(|at| **at == first).count();
         let per_second = (ids.len() - with_first) as f64 / (last - first).as_secs_f64();
-        Ok(Answer { ids, tokens_per_second: per_second, first_token: first - asked })
+        Ok(Answer { ids, tokens_per_second: per_second, first_token: first - asked, arrivals, cached_tokens })
+    }
+
+    /// The most memory that the router had resident since it was started, bytes, as Linux counts it.
+    pub(crate) fn router_peak_rss(&self) -> anyhow::Result<u64> {
+        let file = format!("/proc/{}/status", self.router_pid);
+        let status = std::fs::read_to_string(&file).with_context(|| format!("cannot read {file}"))?;
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = peak.and_then(|peak| peak.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
+        Ok(kib.with_context(|| format!("{file} tells no VmHWM"))? * 1024)
     }
 
     /// Assignments computed since start, by worker.

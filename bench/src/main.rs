@@ -9,6 +9,12 @@ mod cluster;
 mod decode;
 mod peer;
 
+mod prompts;
+mod serve;
+
+mod checkpoint;
+mod context;
+
 mod stats;
 
 use std::io::Write;
@@ -31,16 +37,20 @@ enum What {
     /// One dispatch–combine round trip against a raw TCP echo of the same bytes.
     Dispatch,
     /// Decode tokens/s of a local cluster and of transformers on one checkpoint.
-    Decode(DecodeArgs),
-    /// Both.
-    All(DecodeArgs),
+    Decode(ModelArgs),
+    /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
+    Serve(ModelArgs),
+    /// Time to the first token, time per token and the router's memory, by length of the context.
+    Context(ModelArgs),
+    /// All of these.
+    All(ModelArgs),
     /// The far side of `dispatch`, in a process of its own.
     #[command(hide = true)]
     Echo,
 }
 
 #[derive(Debug, Args)]
-struct DecodeArgs {
+struct ModelArgs {
     /// Checkpoint folder.
     #[arg(long, value_name = "DIR", default_value = "models/smollm2/build/smollm2-moe")]
     model: PathBuf,
@@ -50,14 +60,31 @@ struct DecodeArgs {
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let machine = Machine::now();
-    let (dispatch, decode) = match &cli.what {
+    let mut reports = Reports::default();
+    match &cli.what {
         What::Echo => return echo::serve().await,
-        What::Dispatch => (Some(dispatch::measure().await?), None),
-        What::Decode(args) => (None, Some(decode::measure(&args.model).await?)),
-        What::All(args) => (Some(dispatch::measure().await?), Some(decode::measure(&args.model).await?)),
-    };
-    print(cli.json, &machine, dispatch.as_ref(), decode.as_ref())?;
+        What::Dispatch => reports.dispatch = Some(dispatch::measure().await?),
+        What::Decode(args) => reports.decode = Some(decode::measure(&args.model).await?),
+        What::Serve(args) => reports.serve = Some(serve::measure(&args.model).await?),
+        What::Context(args) => reports.context = Some(context::measure(&args.model).await?),
+        What::All(args) => {
+            reports.dispatch = Some(dispatch::measure().await?);
+            reports.decode = Some(decode::measure(&args.model).await?);
+            reports.serve = Some(serve::measure(&args.model).await?);
+            reports.context = Some(context::measure(&args.model).await?);
+        }
+    }
+    print(cli.json, &machine, &reports)?;
     Ok(())
+}
+
+/// What was measured.
+#[derive(Debug, Default)]
+struct Reports {
+    dispatch: Option<dispatch::Report>,
+    decode: Option<decode::Report>,
+    serve: Option<serve::Report>,
+    context: Option<context::Report>,
 }
 
 /// What else the machine did when the run began: a reader must know before believing a ratio.
@@ -79,23 +106,26 @@ impl Machine {
     }
 }
 
-fn print(
-    json: bool,
-    machine: &Machine,
-    dispatch: Option<&dispatch::Report>,
-    decode: Option<&decode::Report>,
-) -> std::io::Result<()> {
+fn print(json: bool, machine: &Machine, reports: &Reports) -> std::io::Result<()> {
+    let Reports { dispatch, decode, serve, context } = reports;
     let mut out = std::io::stdout().lock();
     if json {
         let report = serde_json::json!({
             "cores": machine.cores,
             "load_before": machine.load,
-            "dispatch": dispatch.map(dispatch::Report::to_json),
-            "decode": decode.map(decode::Report::to_json),
+            "dispatch": dispatch.as_ref().map(dispatch::Report::to_json),
+            "decode": decode.as_ref().map(decode::Report::to_json),
+            "serve": serve.as_ref().map(serve::Report::to_json),
+            "context": context.as_ref().map(context::Report::to_json),
         });
         return writeln!(out, "{report:#}");
     }
-    let tables = [dispatch.map(ToString::to_string), decode.map(ToString::to_string)];
+    let tables = [
+        dispatch.as_ref().map(ToString::to_string),
+        decode.as_ref().map(ToString::to_string),
+        serve.as_ref().map(ToString::to_string),
+        context.as_ref().map(ToString::to_string),
+    ];
     writeln!(out, "{}", tables.into_iter().flatten().collect::<Vec<_>>().join("\n"))?;
     if machine.is_busy() {
         let (load, cores) = (machine.load.unwrap_or_default(), machine.cores);

@@ -1,7 +1,7 @@
 //! A client of one router, as short as the stories need it.
 //!
-//! In: token ids, or a whole `GenerateRequest`. Out: an [`Answer`], or the status that a refused request got. Never here:
-//! retries, or a wait without an end.
+//! In: token ids, or a whole `GenerateRequest`. Out: an [`Answer`], or several, or the status that a refused request got.
+//! Never here: retries, or a wait without an end.
 
 use std::time::Duration;
 
@@ -21,7 +21,7 @@ pub struct Client {
     inference: InferenceClient<Channel>,
 }
 
-/// A whole answer.
+/// A whole answer; with n > 1, one of them.
 #[derive(Clone, Debug)]
 pub struct Answer {
     /// How the router took the request.
@@ -87,11 +87,12 @@ impl Client {
 
     /// Sends `request` and returns its stream once it has begun, or why it was refused.
     pub async fn begin(&self, request: GenerateRequest, deadline: Duration) -> Result<Answering, Status> {
+        let n = request.n.unwrap_or(1);
         let mut request = Request::new(request);
         request.set_timeout(deadline);
         let mut inference = self.inference.clone();
         let stream = soon("a stream to begin", inference.generate(request)).await?.into_inner();
-        Ok(Answering { stream, started: None, tokens: Vec::new(), finished: None })
+        Ok(Answering { stream, started: None, answers: vec![Part::default(); n.max(1) as usize] })
     }
 
     /// The whole answer to `request`, or why there is none.
@@ -104,36 +105,59 @@ impl Client {
         self.ask(request, PATIENCE).await.unwrap_or_else(|status| panic!("no answer: {}", explain(&status)))
     }
 
+    /// Every answer to `request`, by index.
+    pub async fn answers(&self, request: GenerateRequest) -> Vec<Answer> {
+        let answers = async { self.begin(request, PATIENCE).await?.all().await };
+        answers.await.unwrap_or_else(|status| panic!("no answers: {}", explain(&status)))
+    }
+
     /// `count` greedy tokens after `prompt`.
     pub async fn generate(&self, prompt: &[u32], count: u32) -> Answer {
         self.answer(greedy(prompt, count)).await
     }
 }
 
-/// An answer on its way.
+/// One answer or several on their way.
 #[derive(Debug)]
 pub struct Answering {
     stream: Streaming<GenerateResponse>,
     started: Option<Started>,
+    answers: Vec<Part>,
+}
+
+/// What has come of one answer so far.
+#[derive(Clone, Debug, Default)]
+struct Part {
     tokens: Vec<Token>,
     finished: Option<Finished>,
 }
 
 impl Answering {
-    /// Reads until at least `count` tokens have come in all.
+    /// Reads until at least `count` tokens of the first answer have come in all.
     pub async fn tokens(&mut self, count: usize) -> Result<&[Token], Status> {
-        while self.tokens.len() < count {
-            assert!(self.step().await?, "the stream ended after {} of {count} tokens", self.tokens.len());
+        while self.answers[0].tokens.len() < count {
+            assert!(self.step().await?, "the stream ended after {} of {count} tokens", self.answers[0].tokens.len());
         }
-        Ok(&self.tokens)
+        Ok(&self.answers[0].tokens)
     }
 
-    /// Reads to the end.
-    pub async fn rest(mut self) -> Result<Answer, Status> {
+    /// Reads to the end of the one answer that was asked for.
+    pub async fn rest(self) -> Result<Answer, Status> {
+        let mut answers = self.all().await?;
+        assert_eq!(answers.len(), 1, "one answer was asked for");
+        Ok(answers.remove(0))
+    }
+
+    /// Reads to the end of every answer.
+    pub async fn all(mut self) -> Result<Vec<Answer>, Status> {
         while self.step().await? {}
         let started = self.started.expect("a stream without an error opens with Started");
-        let finished = self.finished.expect("a stream without an error closes with Finished");
-        Ok(Answer { started, tokens: self.tokens, finished })
+        let whole = |part: Part| Answer {
+            started: started.clone(),
+            tokens: part.tokens,
+            finished: part.finished.expect("a stream without an error has a Finished for each answer"),
+        };
+        Ok(self.answers.into_iter().map(whole).collect())
     }
 
     /// Reads one message; false at the end of the stream. Checks the order that the contract promises.
@@ -141,19 +165,27 @@ impl Answering {
         let Some(response) = soon("the next message of an answer", self.stream.message()).await? else {
             return Ok(false);
         };
-        assert!(self.finished.is_none(), "nothing comes after Finished");
+        assert!(self.answers.iter().any(|part| part.finished.is_none()), "nothing comes after the last Finished");
         match response.event.expect("every message carries an event") {
             Event::Started(started) => {
-                assert!(self.started.is_none() && self.tokens.is_empty(), "Started comes once, and first");
+                assert!(self.started.is_none(), "Started comes once");
                 self.started = Some(started);
             }
-            Event::Tokens(tokens) => {
-                assert!(self.started.is_some(), "Started comes before tokens");
-                self.tokens.extend(tokens.tokens);
+            Event::Tokens(tokens) => self.open(tokens.index).tokens.extend(tokens.tokens),
+            Event::Finished(finished) => {
+                let part = self.open(finished.index);
+                part.finished = Some(finished);
             }
-            Event::Finished(finished) => self.finished = Some(finished),
         }
         Ok(true)
+    }
+
+    /// The answer that a message is about.
+    fn open(&mut self, index: u32) -> &mut Part {
+        assert!(self.started.is_some(), "Started comes first");
+        let part = self.answers.get_mut(index as usize).expect("no more answers than were asked for");
+        assert!(part.finished.is_none(), "nothing of an answer comes after its Finished");
+        part
     }
 }
 

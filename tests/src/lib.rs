@@ -14,6 +14,8 @@ pub mod etcd;
 
 pub mod checkpoint;
 pub mod golden;
+pub mod metrics;
+pub mod tokenizer;
 
 pub mod cluster;
 

@@ -3,8 +3,8 @@
 use std::{collections::HashMap, path::Path, time::Duration};
 
 use conclave_proto::inference::v1::{
-    Chat, DetokenizeRequest, GenerateRequest, LogprobParams, SamplingParams, StopParams, TokenIds, TokenizeRequest,
-    generate_request::Input,
+    Chat, ChatMessage, DetokenizeRequest, GenerateRequest, LogprobParams, SamplingParams, StopParams, StructuredOutput,
+    TokenIds, TokenizeRequest, generate_request::Input, structured_output::Grammar,
 };
 use conclave_tests::{
     checkpoint::Copy,
@@ -65,6 +65,10 @@ fn out_of_range() -> Vec<(&'static str, GenerateRequest)> {
         ("logprobs.top", request(|r| r.logprobs = Some(LogprobParams { top: 21, ..Default::default() }))),
         ("resume_tokens[2]", request(|r| r.resume_tokens = vec![3, 4, u32::MAX])),
         ("resume_tokens", request(|r| r.resume_tokens = vec![3; 5])),
+        ("resume_tokens", request(|r| (r.resume_tokens, r.n) = (vec![3], Some(2)))),
+        ("n", request(|r| r.n = Some(0))),
+        ("n", request(|r| r.n = Some(17))),
+        ("cache_salt", request(|r| r.cache_salt = "x".repeat(129))),
         ("priority", request(|r| r.priority = 101)),
         ("priority", request(|r| r.priority = -101)),
     ];
@@ -88,12 +92,7 @@ async fn a_field_out_of_range_is_named_and_the_router_serves_on() {
     assert_eq!(model.vocab_size, VOCAB);
 
     for (field, request) in out_of_range() {
-        let status = refused(&client, request.clone()).await;
-        let told = format!("{field}: {}", explain(&status));
-        assert_eq!(status.code(), Code::InvalidArgument, "{told}");
-        let details = status.get_error_details();
-        let violations = &details.bad_request().unwrap_or_else(|| panic!("no BadRequest: {told}")).field_violations;
-        assert_eq!(violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), [field], "{told}");
+        is_named(field, &refused(&client, request).await);
     }
 
     too_long(&client, model.context_tokens).await;
@@ -110,6 +109,45 @@ async fn a_field_out_of_range_is_named_and_the_router_serves_on() {
     assert_eq!(client.generate(&case.prompt, 24).await.ids(), case.greedy, "after all that");
 }
 
+#[track_caller]
+fn is_named(field: &str, status: &Status) {
+    let told = format!("{field}: {}", explain(status));
+    assert_eq!(status.code(), Code::InvalidArgument, "{told}");
+    let details = status.get_error_details();
+    let violations = &details.bad_request().unwrap_or_else(|| panic!("no BadRequest: {told}")).field_violations;
+    assert_eq!(violations.iter().map(|v| v.field.as_str()).collect::<Vec<_>>(), [field], "{told}");
+}
+
+#[tokio::test]
+async fn text_out_of_range_is_named_where_there_is_a_tokenizer() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let copy = Copy::of(&Golden::named("v3_tied").folder, folder.path().join("with-words"));
+    let words = json!({
+        "version": "1.0", "added_tokens": [], "pre_tokenizer": {"type": "Whitespace"},
+        "model": {"type": "WordLevel", "vocab": {"what": 3, "else": 4}, "unk_token": "else"},
+    });
+    let template = "{% for message in messages %}{{ message.content }} {% endfor %}";
+    for (file, content) in [("tokenizer.json", words), ("tokenizer_config.json", json!({"chat_template": template}))] {
+        std::fs::write(copy.folder.join(file), content.to_string()).expect("a file in the temporary folder");
+    }
+    let cluster = Cluster::builder(&copy.folder).start().await;
+    let client = cluster.client(0).await;
+
+    let chat = |messages| Input::Chat(Chat { messages, add_generation_prompt: None });
+    let said = |role: &str, content: &str| chat(vec![ChatMessage { role: role.into(), content: content.into() }]);
+    let long = "what ".repeat(1 << 18);
+    for (field, input) in [
+        ("prompt", Input::Prompt(long.clone())),
+        ("chat.messages", chat(Vec::new())),
+        ("chat.messages[0].role", said("two words", "what")),
+        ("chat.messages[0].content", said("user", &long)),
+    ] {
+        is_named(field, &refused(&client, request(|r| r.input = Some(input))).await);
+    }
+    let answer = client.answer(request(|r| r.input = Some(said("user", "what else")))).await;
+    assert_eq!((answer.started.prompt_tokens, answer.tokens.len()), (2, 4));
+}
+
 /// A prompt longer than the context: the answer has both numbers.
 async fn too_long(client: &Client, context: u32) {
     let long = context + 1;
@@ -124,8 +162,11 @@ async fn too_long(client: &Client, context: u32) {
 async fn needs_a_tokenizer(client: &Client) {
     let text = request(|r| r.input = Some(Input::Prompt("hello".into())));
     let chat = request(|r| r.input = Some(Input::Chat(Chat::default())));
+    let grammar = StructuredOutput { grammar: Some(Grammar::Regex("a".into())) };
+    let form = request(|r| r.structured = Some(grammar));
     for status in [
         refused(client, text).await,
+        refused(client, form).await,
         refused(client, chat).await,
         client.raw().tokenize(TokenizeRequest::default()).await.expect_err("no input"),
         client.raw().detokenize(DetokenizeRequest { ids: vec![3], ..Default::default() }).await.expect_err("no words"),

@@ -6,12 +6,13 @@ use conclave_model::{
     cache::SequenceCache,
     checkpoint::Checkpoint,
     device::{Compute, init_thread},
-    transformer::{FeedForward, Segment, Transformer},
+    transformer::Transformer,
     wire::Encoding,
 };
 use conclave_placement::view::View;
 use conclave_proto::inference::v1::Token;
 use conclave_router::{
+    engine::pass::{self, Machine, Spent},
     moe::{Exchange, Mode},
     workers::Workers,
 };
@@ -87,7 +88,8 @@ async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
 
 /// Computes a prompt, at most `rows` at a time: how far the logit is off that is furthest from the reference's.
 async fn furthest_logit(transformer: &Transformer, exchange: &Exchange, case: &Case, rows: usize) -> f32 {
-    let mut cache = SequenceCache::new(transformer.config(), transformer.compute());
+    let mut cache =
+        SequenceCache::new(transformer.config(), transformer.compute(), transformer.config().num_hidden_layers);
     let mut found = Vec::new();
     for tokens in case.prompt.chunks(rows) {
         found.extend(forward(transformer, exchange, tokens, &mut cache).await);
@@ -106,24 +108,10 @@ async fn forward(
     tokens: &[u32],
     cache: &mut SequenceCache,
 ) -> Vec<f32> {
-    let start = cache.len() as i64;
-    let positions: Vec<i64> = (start..start + tokens.len() as i64).collect();
-    let positions = transformer.positions(&positions);
-    let mut x = transformer.embed(tokens);
-    for block in transformer.blocks() {
-        x = block.attend(&x, &positions, &mut [Segment { rows: tokens.len(), cache: &mut *cache }]);
-        let normed = block.normed(&x);
-        x = match block.feed_forward() {
-            FeedForward::Dense(dense) => dense.forward(&x, &normed),
-            FeedForward::Moe(moe) => {
-                let deadline = Instant::now() + PATIENCE;
-                let layer = u32::try_from(block.layer()).expect("a small model");
-                let routed = exchange.routed(layer, &normed.to_rows(), &moe.route(&normed), deadline).await;
-                let routed = routed.unwrap_or_else(|error| panic!("{error}"));
-                moe.finish(&x, &routed, moe.shared(&normed))
-            }
-        };
-    }
+    let segment = cache.extend(tokens.len());
+    let machine = Machine { transformer, exchange, cache: cache.blocks() };
+    let passed = pass::forward(machine, &[segment], tokens, Instant::now() + PATIENCE, &Spent::default()).await;
+    let x = passed.unwrap_or_else(|error| panic!("{error}"));
     transformer.logits(&x, &(0..tokens.len()).collect::<Vec<_>>())
 }
 

@@ -46,13 +46,29 @@ pub(crate) struct Cluster {
     _scratch: TempDir,
 }
 
+/// Of every cluster that is measured.
+pub(crate) const WORKERS: usize = 2;
+
+/// Starts a cluster, measures it, stops it whatever came of that.
+pub(crate) async fn measured<T>(
+    model: &Path,
+    measure: impl AsyncFnOnce(&Cluster) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let cluster = Cluster::start(model).await?;
+    let measured = measure(&cluster).await;
+    let stopped = cluster.stop().await;
+    let report = measured?;
+    stopped?;
+    Ok(report)
+}
+
 impl Cluster {
-    /// Starts one router and `workers` workers with the embedded store, computing in bf16.
-    pub(crate) async fn start(model: &Path, workers: usize) -> anyhow::Result<Self> {
+    /// Starts one router and its workers with the embedded store, computing in bf16.
+    async fn start(model: &Path) -> anyhow::Result<Self> {
         let scratch = tempfile::tempdir()?;
         let (ready_file, log) = (scratch.path().join("ready.json"), scratch.path().join("log"));
         let mut child = Command::new(beside_this_program("conclave")?)
-            .args(["up", "--workers", &workers.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0", "--model"])
+            .args(["up", "--workers", &WORKERS.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0", "--model"])
             .arg(model)
             .arg("--ready-file")
             .arg(&ready_file)
@@ -146,7 +162,7 @@ impl Cluster {
     }
 
     /// Drains it as Ctrl-C would.
-    pub(crate) async fn stop(mut self) -> anyhow::Result<()> {
+    async fn stop(mut self) -> anyhow::Result<()> {
         if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
             kill_process(pid, Signal::TERM)?;
         }

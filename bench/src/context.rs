@@ -9,11 +9,10 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::checkpoint;
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, WORKERS, measured};
 use crate::prompts::Prompts;
 use crate::stats::Samples;
 
-const WORKERS: usize = 2;
 /// Tokens of prompt and answer together.
 const CONTEXTS: [usize; 3] = [512, 4096, 16_384];
 /// Drawn at the end of each context.
@@ -48,12 +47,7 @@ pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
 }
 
 async fn of_checkpoint(model: &Path, name: &str) -> anyhow::Result<Vec<Row>> {
-    let cluster = Cluster::start(model, WORKERS).await?;
-    let measured = ascending(&cluster, name).await;
-    let stopped = cluster.stop().await;
-    let rows = measured?;
-    stopped?;
-    Ok(rows)
+    measured(model, async |cluster| ascending(cluster, name).await).await
 }
 
 async fn ascending(cluster: &Cluster, name: &str) -> anyhow::Result<Vec<Row>> {

@@ -8,11 +8,10 @@ use std::path::Path;
 use anyhow::Context;
 use serde_json::{Value, json};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, WORKERS, measured};
 use crate::peer::{Timed, Transformers};
 use crate::stats::Samples;
 
-const WORKERS: usize = 2;
 const TOKENS: u32 = 32;
 /// The two take turns this often. transformers loads the checkpoint anew for each implementation of the experts it has.
 const TURNS: usize = 3;
@@ -50,12 +49,7 @@ struct Peer {
 
 /// Starts a cluster, measures both in turns, stops it.
 pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
-    let cluster = Cluster::start(model, WORKERS).await?;
-    let measured = in_turns(&cluster, model).await;
-    let stopped = cluster.stop().await;
-    let report = measured?;
-    stopped?;
-    Ok(report)
+    measured(model, async |cluster| in_turns(cluster, model).await).await
 }
 
 async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {

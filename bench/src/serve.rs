@@ -10,11 +10,10 @@ use anyhow::{Context, ensure};
 use futures::future::try_join_all;
 use serde_json::{Value, json};
 
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, WORKERS, measured};
 use crate::prompts::Prompts;
 use crate::stats::Samples;
 
-const WORKERS: usize = 2;
 const STREAMS: usize = 16;
 const STREAM_PROMPT: usize = 32;
 const STREAM_TOKENS: u32 = 48;
@@ -43,12 +42,7 @@ pub(crate) struct Report {
 
 /// Starts a cluster, measures, stops it.
 pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
-    let cluster = Cluster::start(model, WORKERS).await?;
-    let measured = in_turns(&cluster, model).await;
-    let stopped = cluster.stop().await;
-    let report = measured?;
-    stopped?;
-    Ok(report)
+    measured(model, async |cluster| in_turns(cluster, model).await).await
 }
 
 async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {

@@ -36,13 +36,7 @@ impl Mtp {
     /// A weight cannot be read. That one is missing was found when the checkpoint was opened.
     pub fn load(checkpoint: &Checkpoint, transformer: &Transformer) -> Result<Option<Self>, checkpoint::Error> {
         let (config, compute) = (checkpoint.config(), transformer.compute());
-        let Some(layer) = config.mtp_layer() else {
-            if checkpoint.lacks_mtp() {
-                let folder = checkpoint.dir().display();
-                tracing::info!("{folder} has no multi-token prediction tensors, though its config.json speaks of some");
-            }
-            return Ok(None);
-        };
+        let Some(layer) = config.mtp_layer() else { return Ok(None) };
         let (name, hidden) = (format!("model.layers.{layer}"), config.hidden_size);
         let norm =
             |part: &str| RmsNorm::load(checkpoint, &format!("{name}.{part}"), hidden, config.rms_norm_eps, compute);

@@ -89,7 +89,7 @@ async fn everything_recovers_from_an_etcd_that_was_killed_and_started_again() ->
 async fn a_paused_etcd_is_noticed_and_missed_by_nobody_once_it_runs_again() -> anyhow::Result<()> {
     let etcd = EtcdProcess::start().await?;
     let cluster = cluster(&etcd).await?;
-    etcd.pause()?;
+    etcd.pause().await?;
     let silent = cluster.store.get("any").await.unwrap_err();
     assert!(matches!(silent, Error::Timeout { .. }), "{silent}");
     cluster.publish(2);

@@ -236,7 +236,8 @@ fn load(
         None => None,
     };
     if speculative.is_some() && mtp.is_none() {
-        info!("this checkpoint has no multi-token-prediction module: nothing is guessed");
+        let announced = checkpoint.lacks_mtp();
+        info!(announced, "this checkpoint has no multi-token-prediction module: nothing is guessed");
     }
     Ok((transformer, mtp.map(Drafter::new)))
 }

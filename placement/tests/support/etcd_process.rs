@@ -58,9 +58,29 @@ impl EtcdProcess {
         self.ready().await
     }
 
-    /// Stops it from running without ending it: connections stay open and nobody answers.
-    pub(crate) fn pause(&self) -> anyhow::Result<()> {
-        self.signal("-STOP")
+    /// Stops it from running without ending it: connections stay open and nobody answers. The kernel stops a process's
+    /// threads one by one after the signal was sent, so this comes back when the last of them stands.
+    pub(crate) async fn pause(&self) -> anyhow::Result<()> {
+        self.signal("-STOP")?;
+        for _ in 0..600 {
+            if self.stands_still()? {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        bail!("etcd does not stop")
+    }
+
+    fn stands_still(&self) -> anyhow::Result<bool> {
+        for thread in std::fs::read_dir(format!("/proc/{}/task", self.child.id()))? {
+            let stat = std::fs::read_to_string(thread?.path().join("stat"))?;
+            // The state follows the name, which is in brackets and may hold anything.
+            let state = stat.rsplit_once(") ").map(|(_, rest)| rest.starts_with('T'));
+            if state != Some(true) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     pub(crate) fn resume(&self) -> anyhow::Result<()> {

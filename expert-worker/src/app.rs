@@ -103,6 +103,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
         state: WorkerState::Starting,
         resident: Residency::new(),
         plan_version: PlanVersion::NONE,
+        locality: config.locality(),
     };
     let Some(registration) = join(config, shutdown, &prepared, record).await? else { return Ok(None) };
     Ok(Some(serve(config, shutdown, listener, probes, prepared, registration)))

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::Parser;
 use conclave_model::device::{Device, Dtype, Numerics};
 use conclave_placement::ids::{Cluster, WorkerId};
+use conclave_placement::state::Locality;
 use conclave_runtime::config;
 use conclave_runtime::memory::Memory;
 use conclave_runtime::telemetry::LogFormat;
@@ -30,6 +31,12 @@ pub struct Config {
     #[arg(long, value_name = "NAME")]
     #[serde(serialize_with = "config::as_optional_text", skip_serializing_if = "Option::is_none")]
     pub id: Option<WorkerId>,
+    /// The machine it runs on: replicas of an expert are kept on different ones where that can be
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub host: String,
+    /// What fails together with it, such as a rack or a zone: as with --host
+    #[arg(long, value_name = "NAME", default_value = "")]
+    pub zone: String,
     /// Where experts are computed: cpu or cuda:N
     #[arg(long, default_value = "cpu")]
     pub device: Device,
@@ -74,6 +81,10 @@ pub struct Config {
 }
 
 impl Config {
+    pub fn locality(&self) -> Locality {
+        Locality { host: self.host.clone(), zone: self.zone.clone() }
+    }
+
     pub fn lease_ttl(&self) -> Duration {
         Duration::from_secs(self.lease_ttl)
     }

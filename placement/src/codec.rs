@@ -4,14 +4,18 @@
 //! error that names the message and the field. Never here: a panic, or memory out of proportion to the input.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use bytes::Bytes;
 use conclave_proto::placement::v1 as pb;
 use prost::Message;
 
 use crate::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, WorkerId};
-use crate::plan::Plan;
-use crate::state::{ExpertSet, LeaderRecord, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState};
+use crate::load::Load;
+use crate::plan::{PastPlan, Plan};
+use crate::state::{
+    DrainOrder, ExpertSet, LeaderRecord, Locality, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState,
+};
 
 /// The largest value that is decoded. The largest honest one, a plan for DeepSeek-V3 with three replicas, is a quarter.
 pub(crate) const MAX_VALUE: usize = 4 << 20;
@@ -140,6 +144,8 @@ impl WorkerRecord {
             state: state.into(),
             resident: resident.collect(),
             plan_version: self.plan_version.0,
+            host: self.locality.host.clone(),
+            zone: self.locality.zone.clone(),
         };
         message.encode_to_vec().into()
     }
@@ -171,6 +177,10 @@ impl WorkerRecord {
             state,
             resident: residency(message.resident)?,
             plan_version: PlanVersion(message.plan_version),
+            locality: Locality {
+                host: text("WorkerRecord.host", message.host)?,
+                zone: text("WorkerRecord.zone", message.zone)?,
+            },
         })
     }
 }
@@ -232,9 +242,68 @@ impl LeaderRecord {
     }
 }
 
+impl Load {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let layers = self.layers.iter().map(|(layer, rows)| pb::LayerLoad { layer: layer.0, rows: rows.clone() });
+        let window_ms = u64::try_from(self.window.as_millis()).unwrap_or(u64::MAX);
+        pb::RouterLoad { window_ms, layers: layers.collect() }.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::RouterLoad = parse("RouterLoad", bytes)?;
+        at_most("RouterLoad.layers", message.layers.len(), MAX_LAYERS)?;
+        let mut layers = BTreeMap::new();
+        for layer in message.layers {
+            at_most("RouterLoad.layers.rows", layer.rows.len(), MAX_EXPERTS)?;
+            if layers.insert(LayerIdx(layer.layer), layer.rows).is_some() {
+                return Err(wrong("RouterLoad.layers", format!("names layer {} twice", layer.layer)));
+            }
+        }
+        Ok(Self { window: Duration::from_millis(message.window_ms), layers })
+    }
+}
+
+impl DrainOrder {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        pb::DrainOrder { incarnation: self.incarnation.get() }.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::DrainOrder = parse("DrainOrder", bytes)?;
+        Ok(Self { incarnation: incarnation("DrainOrder.incarnation", message.incarnation)? })
+    }
+}
+
+impl PastPlan {
+    /// As a value of the store.
+    pub fn encode(&self) -> Bytes {
+        let plan = Some(self.plan.to_message());
+        pb::PastPlan { plan, author: self.author.clone(), written_unix_ms: self.written_unix_ms }.encode_to_vec().into()
+    }
+
+    /// From a value of the store.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let message: pb::PastPlan = parse("PastPlan", bytes)?;
+        let plan = message.plan.ok_or_else(|| wrong("PastPlan.plan", "is not there"))?;
+        Ok(Self {
+            plan: Plan::from_message(plan)?,
+            author: text("PastPlan.author", message.author)?,
+            written_unix_ms: message.written_unix_ms,
+        })
+    }
+}
+
 impl Plan {
     /// As a value of the store.
     pub fn encode(&self) -> Bytes {
+        self.to_message().encode_to_vec().into()
+    }
+
+    fn to_message(&self) -> pb::Plan {
         let layers = self.layers.iter().map(|(layer, experts)| pb::LayerPlan {
             layer: layer.0,
             experts: experts
@@ -242,19 +311,21 @@ impl Plan {
                 .map(|holders| pb::Replicas { workers: holders.iter().map(ToString::to_string).collect() })
                 .collect(),
         });
-        let message = pb::Plan {
+        pb::Plan {
             version: self.version.0,
             parent: self.parent.0,
             policy: self.policy.clone(),
             reason: self.reason.clone(),
             layers: layers.collect(),
-        };
-        message.encode_to_vec().into()
+        }
     }
 
     /// From a value of the store. A worker's name is kept once, however many experts it holds.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let message: pb::Plan = parse("Plan", bytes)?;
+        Self::from_message(parse("Plan", bytes)?)
+    }
+
+    fn from_message(message: pb::Plan) -> Result<Self, DecodeError> {
         if message.version == 0 || message.parent >= message.version {
             let problem = format!("{} does not follow its parent {}", message.version, message.parent);
             return Err(wrong("Plan.version", problem));

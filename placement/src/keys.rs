@@ -2,12 +2,13 @@
 //!
 //! In: a cluster's name and ids. Out: key strings, and what a key string means. Never here: values.
 
-use crate::ids::{Cluster, RouterId, WorkerId};
+use crate::ids::{Cluster, PlanVersion, RouterId, WorkerId};
 
 /// The keys of one cluster, under `/conclave/<cluster>/`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Keys {
     prefix: String,
+    history: String,
 }
 
 /// What a key stands for.
@@ -23,12 +24,16 @@ pub enum Slot {
     Worker(WorkerId),
     /// A router's record.
     Router(RouterId),
+    /// What a router sent where.
+    Load(RouterId),
+    /// The wish that a worker leaves.
+    Drain(WorkerId),
 }
 
 impl Keys {
     /// The keys of that cluster.
     pub fn new(cluster: &Cluster) -> Self {
-        Self { prefix: format!("/conclave/{cluster}/") }
+        Self { prefix: format!("/conclave/{cluster}/"), history: format!("/conclave-history/{cluster}/") }
     }
 
     /// What every key of the cluster starts with, and no key of another.
@@ -61,6 +66,26 @@ impl Keys {
         format!("{}routers/{id}", self.prefix)
     }
 
+    /// What a router sent where.
+    pub fn load(&self, id: &RouterId) -> String {
+        format!("{}load/{id}", self.prefix)
+    }
+
+    /// The wish that a worker leaves.
+    pub fn drain(&self, id: &WorkerId) -> String {
+        format!("{}drains/{id}", self.prefix)
+    }
+
+    /// What every past plan's key starts with. They lie outside the prefix: nobody needs to watch the past.
+    pub fn history(&self) -> &str {
+        &self.history
+    }
+
+    /// A plan that was in force. Keys sort as versions do.
+    pub fn past_plan(&self, version: PlanVersion) -> String {
+        format!("{}{:020}", self.history, version.0)
+    }
+
     /// What a key means; `None` for a key of another cluster or one this version does not know.
     pub fn slot(&self, key: &str) -> Option<Slot> {
         let key = key.strip_prefix(&self.prefix)?;
@@ -73,6 +98,8 @@ impl Keys {
             },
             Some(("workers", id)) => WorkerId::parse(id).ok().map(Slot::Worker),
             Some(("routers", id)) => RouterId::parse(id).ok().map(Slot::Router),
+            Some(("load", id)) => RouterId::parse(id).ok().map(Slot::Load),
+            Some(("drains", id)) => WorkerId::parse(id).ok().map(Slot::Drain),
             Some(_) => None,
         }
     }
@@ -91,8 +118,17 @@ mod tests {
         assert_eq!(keys.slot(&keys.model()), Some(Slot::Model));
         assert_eq!(keys.slot(&keys.plan()), Some(Slot::Plan));
         assert_eq!(keys.slot(&keys.leader()), Some(Slot::Leader));
-        assert_eq!(keys.slot(&keys.worker(&worker)), Some(Slot::Worker(worker)));
-        assert_eq!(keys.slot(&keys.router(&router)), Some(Slot::Router(router)));
+        assert_eq!(keys.slot(&keys.worker(&worker)), Some(Slot::Worker(worker.clone())));
+        assert_eq!(keys.slot(&keys.drain(&worker)), Some(Slot::Drain(worker)));
+        assert_eq!(keys.slot(&keys.router(&router)), Some(Slot::Router(router.clone())));
+        assert_eq!(keys.slot(&keys.load(&router)), Some(Slot::Load(router)));
+    }
+
+    #[test]
+    fn past_plans_sort_by_version_and_are_nobody_s_to_watch() {
+        let keys = Keys::new(&Cluster::parse("demo").unwrap());
+        let [early, late] = [9, 10].map(|version| keys.past_plan(PlanVersion(version)));
+        assert!(early < late && late.starts_with(keys.history()) && !late.starts_with(keys.prefix()));
     }
 
     #[test]

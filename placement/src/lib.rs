@@ -8,8 +8,9 @@
 
 // What is said of a cluster.
 pub mod ids;
-pub mod state;
+pub mod load;
 pub mod plan;
+pub mod state;
 mod codec;
 
 // What should be.
@@ -31,6 +32,7 @@ pub mod view;
 pub use codec::DecodeError;
 pub use ids::{Cluster, ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
 pub use keys::Keys;
+pub use load::Load;
 pub use plan::Plan;
-pub use state::{ClusterState, ExpertSet, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState};
+pub use state::{ClusterState, ExpertSet, Locality, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState};
 pub use store::Store;

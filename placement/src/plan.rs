@@ -23,6 +23,17 @@ pub struct Plan {
     pub layers: BTreeMap<LayerIdx, Vec<Vec<WorkerId>>>,
 }
 
+/// A plan that was in force, and who put it there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PastPlan {
+    /// As it was.
+    pub plan: Plan,
+    /// A router's name, or an operator's words.
+    pub author: String,
+    /// Milliseconds since 1970, by the author's clock.
+    pub written_unix_ms: u64,
+}
+
 impl Plan {
     /// All that one worker should hold.
     pub fn assigned_to(&self, worker: &WorkerId) -> Residency {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
+use crate::load::Load;
 use crate::plan::Plan;
 
 /// Which model a cluster serves. Whoever holds another checkpoint refuses to join.
@@ -228,6 +229,17 @@ pub struct WorkerRecord {
     pub resident: Residency,
     /// The plan it last acted on.
     pub plan_version: PlanVersion,
+    /// What it shares its fate with.
+    pub locality: Locality,
+}
+
+/// What a worker shares its fate with, as far as somebody said so: an empty name is shared with nobody.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
+pub struct Locality {
+    /// The machine.
+    pub host: String,
+    /// The rack, zone, or whatever fails together.
+    pub zone: String,
 }
 
 /// What a router says about itself, under its lease.
@@ -254,6 +266,13 @@ pub struct LeaderRecord {
     pub incarnation: Incarnation,
 }
 
+/// An operator's wish that one run of a worker moves its experts away and ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DrainOrder {
+    /// The run that is meant: one that starts later under the same name stays.
+    pub incarnation: Incarnation,
+}
+
 /// One consistent picture of a cluster, as of `revision` of the store.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ClusterState {
@@ -267,6 +286,10 @@ pub struct ClusterState {
     pub plan: Option<Arc<Plan>>,
     /// The router that runs the controller.
     pub leader: Option<RouterId>,
+    /// What each router sent where, lately.
+    pub loads: BTreeMap<RouterId, Arc<Load>>,
+    /// The runs of workers that an operator wants to leave.
+    pub drains: BTreeMap<WorkerId, Incarnation>,
     /// The store's revision that this picture includes.
     pub revision: i64,
 }
@@ -274,7 +297,26 @@ pub struct ClusterState {
 impl ClusterState {
     /// A cluster nobody has joined.
     pub fn empty() -> Self {
-        Self { model: None, workers: BTreeMap::new(), routers: BTreeMap::new(), plan: None, leader: None, revision: 0 }
+        Self {
+            model: None,
+            workers: BTreeMap::new(),
+            routers: BTreeMap::new(),
+            plan: None,
+            leader: None,
+            loads: BTreeMap::new(),
+            drains: BTreeMap::new(),
+            revision: 0,
+        }
+    }
+
+    /// What all routers together sent, per minute.
+    pub fn load(&self) -> Load {
+        Load::sum(self.loads.values().map(|load| &**load))
+    }
+
+    /// Whether a worker is on its way out: it said so, or an operator wants it to.
+    pub fn is_leaving(&self, worker: &WorkerRecord) -> bool {
+        worker.state == WorkerState::Draining || self.drains.get(&worker.id) == Some(&worker.incarnation)
     }
 
     /// The workers, in any state, where that expert is resident, by name.

@@ -24,7 +24,7 @@ use conclave_model::{
 use conclave_placement::{
     ids::{ExpertId, Incarnation, PlanVersion, WorkerId},
     membership::Membership,
-    state::{ModelIdentity, Residency, WorkerRecord, WorkerState},
+    state::{Locality, ModelIdentity, Residency, WorkerRecord, WorkerState},
 };
 use conclave_proto::expert::v1::{
     CombineBatch, CombineMode, DispatchBatch, Encoding, GetInventoryRequest, GetInventoryResponse, Refused,
@@ -149,6 +149,7 @@ fn record(id: WorkerId, address: String, model: &ModelIdentity) -> WorkerRecord 
         state: WorkerState::Serving,
         resident,
         plan_version: PlanVersion::NONE,
+        locality: Locality::default(),
     }
 }
 

@@ -18,11 +18,11 @@ fn any_residency() -> impl Strategy<Value = Residency> {
 
 prop_compose! {
     fn any_worker()(id in worker_id(), incarnation in 1u64.., address in "[a-z0-9.:]{1,40}", device in "cpu|cuda:[0-7]",
-                    memory_budget in any::<u64>(), speed in 0.0f64..1e12, state in 0..3, resident in any_residency(),
+                    memory_budget in any::<u64>(), speed in 0.0f64..1e12, state in 0..3, resident in any_residency(), host in "[a-z0-9-]{0,9}",
                     plan in any::<u64>()) -> WorkerRecord {
         let state = [WorkerState::Starting, WorkerState::Serving, WorkerState::Draining][state as usize];
         WorkerRecord { id, incarnation: Incarnation::new(incarnation).unwrap(), address, device, memory_budget, speed,
-                       state, resident, plan_version: PlanVersion(plan) }
+                       state, resident, plan_version: PlanVersion(plan), locality: Locality { host, zone: "z".into() } }
     }
 }
 
@@ -42,14 +42,24 @@ proptest! {
     }
 
     #[test]
-    fn a_plan_survives_the_way(plan in any_plan()) {
-        prop_assert_eq!(Plan::decode(&plan.encode()).unwrap(), plan);
+    fn a_plan_survives_the_way(plan in any_plan(), written_unix_ms in any::<u64>()) {
+        prop_assert_eq!(Plan::decode(&plan.encode()).unwrap(), plan.clone());
+        let past = PastPlan { plan, author: "router-0".into(), written_unix_ms };
+        prop_assert_eq!(PastPlan::decode(&past.encode()).unwrap(), past);
+    }
+
+    #[test]
+    fn a_load_survives_the_way(window_ms in any::<u32>(), layers in prop::collection::btree_map(
+        (0u32..80).prop_map(LayerIdx), prop::collection::vec(any::<u64>(), 0..9), 0..4)) {
+        let load = Load { window: Duration::from_millis(window_ms.into()), layers };
+        prop_assert_eq!(Load::decode(&load.encode()).unwrap(), load);
     }
 
     #[test]
     fn no_bytes_make_a_decoder_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
         let _ = (ModelIdentity::decode(&bytes), WorkerRecord::decode(&bytes), RouterRecord::decode(&bytes));
-        let _ = (LeaderRecord::decode(&bytes), Plan::decode(&bytes));
+        let _ = (LeaderRecord::decode(&bytes), Plan::decode(&bytes), PastPlan::decode(&bytes));
+        let _ = (Load::decode(&bytes), DrainOrder::decode(&bytes));
     }
 }
 
@@ -76,6 +86,8 @@ fn identity_router_and_leader_survive_the_way() {
     assert_eq!(RouterRecord::decode(&router.encode()).unwrap(), router);
     let leader = LeaderRecord { router: id, incarnation: router.incarnation };
     assert_eq!(LeaderRecord::decode(&leader.encode()).unwrap(), leader);
+    let order = DrainOrder { incarnation: router.incarnation };
+    assert_eq!(DrainOrder::decode(&order.encode()).unwrap(), order);
 }
 
 fn refusal<T: std::fmt::Debug>(decoded: Result<T, DecodeError>) -> String {

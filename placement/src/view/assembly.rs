@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use crate::codec::DecodeError;
 use crate::keys::{Keys, Slot};
+use crate::load::Load;
 use crate::plan::Plan;
-use crate::state::{ClusterState, LeaderRecord, ModelIdentity, RouterRecord, WorkerRecord};
+use crate::state::{ClusterState, DrainOrder, LeaderRecord, ModelIdentity, RouterRecord, WorkerRecord};
 use crate::store::{Entry, Event, Listing};
 
 #[derive(Debug)]
@@ -82,6 +83,8 @@ impl Assembly {
                 }
                 state.routers.insert(id.clone(), record);
             }
+            Slot::Load(id) => drop(state.loads.insert(id.clone(), Arc::new(Load::decode(&entry.value)?))),
+            Slot::Drain(id) => drop(state.drains.insert(id.clone(), DrainOrder::decode(&entry.value)?.incarnation)),
         }
         Ok(())
     }
@@ -94,6 +97,8 @@ impl Assembly {
             Slot::Leader => state.leader = None,
             Slot::Worker(id) => drop(state.workers.remove(id)),
             Slot::Router(id) => drop(state.routers.remove(id)),
+            Slot::Load(id) => drop(state.loads.remove(id)),
+            Slot::Drain(id) => drop(state.drains.remove(id)),
         }
     }
 
@@ -105,6 +110,8 @@ impl Assembly {
             Slot::Leader => state.leader.clone_from(&former.leader),
             Slot::Worker(id) => state.workers.extend(former.workers.get(id).map(|record| (id.clone(), record.clone()))),
             Slot::Router(id) => state.routers.extend(former.routers.get(id).map(|record| (id.clone(), record.clone()))),
+            Slot::Load(id) => state.loads.extend(former.loads.get(id).map(|load| (id.clone(), load.clone()))),
+            Slot::Drain(id) => state.drains.extend(former.drains.get(id).map(|order| (id.clone(), *order))),
         }
     }
 }

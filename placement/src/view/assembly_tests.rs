@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::{Cluster, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
-use crate::state::{Residency, WorkerState};
+use crate::state::{Locality, Residency, WorkerState};
 
 fn keys() -> Keys {
     Keys::new(&Cluster::parse("c").unwrap())
@@ -24,6 +24,7 @@ fn worker(name: &str, plan: u64) -> WorkerRecord {
         state: WorkerState::Serving,
         resident: Residency::new(),
         plan_version: PlanVersion(plan),
+        locality: Locality::default(),
     }
 }
 
@@ -61,8 +62,15 @@ fn change() -> impl Strategy<Value = (String, Option<Bytes>)> {
         Just(LeaderRecord { router: RouterId::parse("a").unwrap(), incarnation: Incarnation::new(7).unwrap() });
     let leader = leader.prop_map(|leader| ("/conclave/c/leader".to_owned(), leader.encode()));
     let plan = (1u64..9).prop_map(|version| ("/conclave/c/plan".to_owned(), plan(version).encode()));
+    let load = Just((
+        "/conclave/c/load/a".to_owned(),
+        Load { window: std::time::Duration::from_secs(1), layers: BTreeMap::from([(LayerIdx(1), vec![2, 3])]) }
+            .encode(),
+    ));
+    let drain =
+        Just(("/conclave/c/drains/a".to_owned(), DrainOrder { incarnation: Incarnation::new(7).unwrap() }.encode()));
     let foreign = Just(("/conclave/c/unknown".to_owned(), Bytes::new()));
-    let put = prop_oneof![worker, router, leader, plan, foreign];
+    let put = prop_oneof![worker, router, leader, plan, load, drain, foreign];
     (put, prop::bool::weighted(0.7)).prop_map(|((key, value), keep)| (key, keep.then_some(value)))
 }
 
@@ -92,8 +100,8 @@ proptest! {
     }
 
     #[test]
-    fn no_value_breaks_the_state(slot in 0usize..5, value in prop::collection::vec(any::<u8>(), 0..200)) {
-        let key = ["model", "plan", "leader", "workers/a", "routers/a"][slot];
+    fn no_value_breaks_the_state(slot in 0usize..7, value in prop::collection::vec(any::<u8>(), 0..200)) {
+        let key = ["model", "plan", "leader", "workers/a", "routers/a", "load/a", "drains/a"][slot];
         let mut assembly = Assembly::new(keys());
         assembly.apply(vec![Event::Put(entry(&format!("/conclave/c/{key}"), value.into(), 2))]);
         prop_assert_eq!(assembly.state().revision, 2);

@@ -10,7 +10,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
+use conclave_placement::state::{Locality, Residency, WorkerRecord, WorkerState};
 use conclave_placement::store::etcd::EtcdStore;
 use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::serve::serve_memory;
@@ -61,5 +61,6 @@ pub(crate) fn worker(name: &str, plan: u64) -> WorkerRecord {
         state: WorkerState::Serving,
         resident: Residency::new(),
         plan_version: PlanVersion(plan),
+        locality: Locality::default(),
     }
 }

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use conclave_placement::{Incarnation, ModelIdentity, Plan, PlanVersion, Residency, RouterRecord, WorkerRecord};
+use conclave_placement::{
+    Incarnation, Locality, ModelIdentity, Plan, PlanVersion, Residency, RouterRecord, WorkerRecord,
+};
 
 use super::*;
 
@@ -52,6 +54,7 @@ pub(crate) fn state(workers: usize, holders: &[&[usize]]) -> ClusterState {
             state: if resident.is_empty() { WorkerState::Starting } else { WorkerState::Serving },
             resident,
             plan_version: PlanVersion(1),
+            locality: Locality::default(),
         };
         state.workers.insert(id, record);
     }

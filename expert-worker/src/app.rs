@@ -1,6 +1,7 @@
 //! One worker, wired: a configuration comes in, a process that serves and leaves in order goes out. Start: sockets,
-//! checkpoint, the model's identity, threads, and the record last, so that nobody is sent here too early. End: refuse
-//! what is new, finish what was accepted, leave the store, close the streams. Nothing about experts is decided here.
+//! checkpoint, the model's identity, threads, and the record last, so that nobody is sent here too early. End: say so,
+//! answer on until others hold the experts, refuse what is new, finish what was accepted, leave the store, close the
+//! streams. Nothing about experts is decided here.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -12,7 +13,7 @@ use conclave_model::device::{self, Compute, Dtype};
 use conclave_placement::ids::{Incarnation, InvalidName, PlanVersion, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
-use conclave_placement::state::{ModelIdentity, Residency, WorkerRecord, WorkerState};
+use conclave_placement::state::{ClusterState, ModelIdentity, Residency, WorkerRecord, WorkerState};
 use conclave_placement::store::{self, Store};
 use conclave_placement::view::View;
 use conclave_runtime::listen::{self, Listener};
@@ -20,6 +21,7 @@ use conclave_runtime::probes::Probes;
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
 use conclave_runtime::tensor_thread::SpawnError;
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -27,12 +29,18 @@ use tonic::transport::server::Router;
 
 use crate::config::Config;
 use crate::executor::Executor;
-use crate::loader::{self, Loader, Reconciler};
+use crate::loader::{self, Loader};
 use crate::metrics::Metrics;
+use crate::reconcile;
+use crate::reconciler::{Budget, Reconciler};
 use crate::registration::Registration;
 use crate::residency::Resident;
 use crate::service::{self, Parts, Service, Shape};
 
+/// Of the drain's grace, what is kept for batches in flight: at most a quarter, and at most this.
+const FINISH_GRACE: Duration = Duration::from_secs(5);
+/// How long taking an order out of the store may hold up the end.
+const TIDY_GRACE: Duration = Duration::from_secs(2);
 /// How long streams whose batches are all answered may hold up the end.
 const CLOSE_GRACE: Duration = Duration::from_secs(2);
 
@@ -71,10 +79,16 @@ pub struct Worker {
     drain_grace: Duration,
     registration: Arc<Registration>,
     executor: Arc<Executor>,
+    resident: Arc<Resident>,
     reconciler: JoinHandle<()>,
     server: JoinHandle<Result<(), server::Error>>,
     probes: Probes,
+    store: Arc<dyn Store>,
+    keys: Keys,
+    view: View,
     in_flight: TaskTracker,
+    /// Cancelled: new batches are refused.
+    refusing: CancellationToken,
     /// Ends the streams.
     closing: CancellationToken,
     /// Ends what outlives the streams: view and lease.
@@ -137,7 +151,7 @@ struct Prepared {
     store: Arc<dyn Store>,
     keys: Keys,
     view: View,
-    executor: Executor,
+    executor: Arc<Executor>,
     loader: Loader,
     metrics: Metrics,
     /// Health and reflection; the service itself joins them last.
@@ -156,8 +170,8 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
     let metrics = Metrics::register(&probes.registry);
-    let executor = Executor::start(config.threads, config.queue as usize, metrics.clone()).await?;
-    let loader = Loader::start(checkpoint, compute).await?;
+    let executor = Arc::new(Executor::start(config.threads, config.queue as usize, metrics.clone()).await?);
+    let loader = Loader::start(checkpoint, compute, Arc::clone(&executor)).await?;
     let (reflection, reflection_alpha) = server::reflection(&[service::NAME])?;
     let router =
         server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
@@ -215,9 +229,9 @@ fn serve(
     prepared: Prepared,
     registration: Arc<Registration>,
 ) -> Worker {
-    let Prepared { model, view, executor, loader, metrics, router, end, .. } = prepared;
-    let (executor, resident) = (Arc::new(executor), Arc::new(Resident::default()));
-    let (closing, in_flight) = (CancellationToken::new(), TaskTracker::new());
+    let Prepared { model, store, keys, view, executor, loader, metrics, router, end } = prepared;
+    let resident = Arc::new(Resident::default());
+    let (refusing, closing, in_flight) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
     let listen = listener.local_addr;
     let service = Service::new(Parts {
         shape: model.shape,
@@ -225,28 +239,15 @@ fn serve(
         resident: Arc::clone(&resident),
         registration: Arc::clone(&registration),
         metrics: metrics.clone(),
-        draining: shutdown.draining(),
+        refusing: refusing.clone(),
         closing: closing.clone(),
         in_flight: in_flight.clone(),
     });
     let server =
         tokio::spawn(server::serve(router.add_service(service.server()), listener, closing.clone(), CLOSE_GRACE));
-    let reconciler = Reconciler {
-        loader,
-        executor: Arc::clone(&executor),
-        resident,
-        registration: Arc::clone(&registration),
-        metrics,
-        expert_bytes: model.expert_bytes,
-        budget: config.memory.0,
-    };
-    let draining = shutdown.draining();
-    let follow = async move {
-        // The view lives as long as somebody follows it.
-        let changes = view.subscribe();
-        reconciler.run(changes, draining).await;
-        drop(view);
-    };
+    let budget = Budget { expert_bytes: model.expert_bytes, bytes: config.memory.0 };
+    let reconciler = Reconciler::new(loader, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
+    tokio::spawn(ordered_to_leave(view.subscribe(), registration.record(), shutdown.clone()));
     Worker {
         id: registration.record().id,
         listen,
@@ -254,12 +255,29 @@ fn serve(
         drain_grace: config.drain_grace(),
         registration,
         executor,
-        reconciler: tokio::spawn(follow),
+        resident,
+        reconciler: tokio::spawn(reconciler.run(view.subscribe(), shutdown.draining())),
         server,
         probes,
+        store,
+        keys,
+        view,
         in_flight,
+        refusing,
         closing,
         end,
+    }
+}
+
+/// Begins the drain when an operator asks for this run of this worker in the store.
+async fn ordered_to_leave(mut changes: watch::Receiver<Arc<ClusterState>>, record: WorkerRecord, shutdown: Shutdown) {
+    let ordered = |state: &Arc<ClusterState>| state.drains.get(&record.id) == Some(&record.incarnation);
+    tokio::select! {
+        ordered = changes.wait_for(ordered) => if ordered.is_ok() {
+            tracing::info!("draining, as ordered in the store");
+            shutdown.begin();
+        },
+        () = shutdown.draining().cancelled_owned() => {}
     }
 }
 
@@ -285,14 +303,22 @@ impl Worker {
         }
     }
 
-    /// New batches are refused from the moment the shutdown began; the rest happens here, in this order.
-    async fn drain(self) {
+    /// In this order: say that this worker leaves, answer on until others hold its experts, then refuse what is new and
+    /// finish what was accepted.
+    async fn drain(mut self) {
         self.probes.set(false).await;
         self.registration.drain();
+        if let Err(error) = (&mut self.reconciler).await {
+            tracing::error!(%error, "the reconciler panicked");
+        }
+        let finish_grace = (self.drain_grace / 4).min(FINISH_GRACE);
+        self.hand_over(self.drain_grace - finish_grace).await;
+        self.refusing.cancel();
         self.in_flight.close();
-        if tokio::time::timeout(self.drain_grace, self.in_flight.wait()).await.is_err() {
+        if tokio::time::timeout(finish_grace, self.in_flight.wait()).await.is_err() {
             tracing::warn!(batches = self.in_flight.len(), "leaving with batches in flight: the grace is over");
         }
+        self.take_out_order().await;
         self.registration.leave().await;
         self.closing.cancel();
         match self.server.await {
@@ -301,14 +327,33 @@ impl Worker {
             Err(error) => tracing::error!(%error, "the service panicked while closing"),
         }
         self.end.cancel();
-        if let Err(error) = self.reconciler.await {
-            tracing::error!(%error, "the loader panicked");
-        }
         // Streams that outlived their grace still hold it; then the process's end is its end.
         if let Some(executor) = Arc::into_inner(self.executor) {
             executor.close().await;
         }
         tracing::info!(id = %self.id, "left the cluster");
+    }
+
+    /// Waits until every expert of this worker is held by one that stays, for at most `grace`.
+    async fn hand_over(&self, grace: Duration) {
+        let here = self.resident.snapshot();
+        let handed_over = |state: &Arc<ClusterState>| reconcile::is_handed_over(&self.id, &here.experts, state);
+        match tokio::time::timeout(grace, self.view.subscribe().wait_for(handed_over)).await {
+            Ok(_) => tracing::info!(experts = here.experts.len(), "nobody depends on this worker any more"),
+            Err(_) => tracing::warn!(?grace, "leaving though other workers do not hold all of its experts yet"),
+        }
+    }
+
+    /// An order that was carried out must not stay behind.
+    async fn take_out_order(&self) {
+        if !self.view.current().drains.contains_key(&self.id) {
+            return;
+        }
+        match tokio::time::timeout(TIDY_GRACE, self.store.delete(&self.keys.drain(&self.id))).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the order to leave stays in the store"),
+            Err(_) => tracing::warn!("the order to leave stays in the store, which does not answer"),
+        }
     }
 }
 

@@ -21,6 +21,10 @@ use tokio::sync::oneshot;
 use crate::batcher::{Answer, Batcher, Pending, Refusal, Taken};
 use crate::metrics::Metrics;
 
+/// A worker's speed is measured with this many rows, this many times.
+const MEASURED_ROWS: usize = 16;
+const MEASURED_TIMES: usize = 3;
+
 /// What the tensor thread owns.
 type Experts = HashMap<(u32, u16), Expert>;
 
@@ -67,10 +71,44 @@ impl Executor {
         self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), expert))).await
     }
 
+    /// Takes an expert from the tensor thread, after every batch that was submitted before: each has had its turn by then.
+    pub async fn remove(&self, layer: LayerIdx, id: ExpertId) -> Result<(), tensor_thread::Error> {
+        self.thread.run(move |experts| drop(experts.remove(&(layer.0, id.0)))).await
+    }
+
+    /// Rows a second through one installed expert, the best of a few tries of a few rows each. 0 where it is not there.
+    pub async fn measure(&self, layer: LayerIdx, id: ExpertId) -> Result<f64, tensor_thread::Error> {
+        self.thread.run(move |experts| speed(experts, layer.0, id.0)).await
+    }
+
+    /// Batches computed so far.
+    pub fn batches(&self) -> u64 {
+        self.metrics.batches.get()
+    }
+
     /// Lets the thread finish what waits and drop the experts.
     pub async fn close(self) {
         self.thread.close().await;
     }
+}
+
+fn speed(experts: &Experts, layer: u32, id: u16) -> f64 {
+    let Some(expert) = experts.get(&(layer, id)) else { return 0.0 };
+    let rows = MEASURED_ROWS;
+    let batch = ExpertBatch {
+        layer,
+        rows,
+        hidden: vec![0.0; rows * expert.hidden_size()],
+        expert_ids: vec![id; rows],
+        row_ids: (0..rows as u32).collect(),
+        weights: None,
+    };
+    let once = |_| {
+        let started = Instant::now();
+        compute_batches(experts, &[&batch]).map(|_| started.elapsed().as_secs_f64())
+    };
+    let best = (0..MEASURED_TIMES).map(once).filter_map(Result::ok).fold(f64::INFINITY, f64::min);
+    if best.is_finite() { rows as f64 / best.max(1e-9) } else { 0.0 }
 }
 
 /// One turn of the tensor thread.
@@ -89,6 +127,7 @@ fn turn(experts: &Experts, waiting: &Mutex<Batcher>, metrics: &Metrics) {
     let took = started.elapsed();
     waiting.lock().finished(group.len(), took);
     metrics.compute_seconds.observe(took.as_secs_f64());
+    metrics.busy_seconds.inc_by(took.as_secs_f64());
     metrics.group_batches.observe(group.len() as f64);
     for (pending, outcome) in group.into_iter().zip(outcomes) {
         if let Ok(rows) = &outcome {

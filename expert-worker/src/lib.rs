@@ -14,6 +14,8 @@ pub mod batcher;
 pub mod executor;
 
 // The way of an expert.
+pub mod reconciler;
+pub mod reconcile;
 pub mod loader;
 pub mod residency;
 

@@ -30,6 +30,7 @@ pub struct Metrics {
     pub non_finite: Counter,
     pub queue_seconds: Histogram,
     pub compute_seconds: Histogram,
+    pub busy_seconds: Counter<f64, AtomicU64>,
     pub group_batches: Histogram,
     pub streams: Gauge,
     pub resident_experts: Gauge,
@@ -49,6 +50,7 @@ impl Metrics {
             non_finite: Counter::default(),
             queue_seconds: seconds(),
             compute_seconds: seconds(),
+            busy_seconds: Counter::default(),
             group_batches: Histogram::new(exponential_buckets(1.0, 2.0, 9)),
             streams: Gauge::default(),
             resident_experts: Gauge::default(),
@@ -65,6 +67,7 @@ impl Metrics {
         registry.register("non_finite_batches", "Batches whose output holds NaN or infinity", m.non_finite);
         registry.register("queue_seconds", "Time of a batch in the queue", m.queue_seconds);
         registry.register("compute_seconds", "Time of a group on the tensor thread", m.compute_seconds);
+        registry.register("busy_seconds", "Time that the tensor thread computed", m.busy_seconds);
         registry.register("group_batches", "Batches computed together", m.group_batches);
         registry.register("streams", "Open exchange streams", m.streams);
         registry.register("resident_experts", "Experts held", m.resident_experts);

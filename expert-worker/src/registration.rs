@@ -43,7 +43,7 @@ impl Registration {
 
     /// Says what is resident. The first expert makes a starting worker a serving one.
     pub fn hold(&self, resident: &Residency) {
-        self.update(|record| {
+        let _ = self.update(|record| {
             record.resident.clone_from(resident);
             if record.state == WorkerState::Starting && !resident.is_empty() {
                 record.state = WorkerState::Serving;
@@ -51,14 +51,27 @@ impl Registration {
         });
     }
 
-    /// Says which plan this worker has done everything for that it could.
-    pub fn acted_on(&self, plan: PlanVersion) {
-        self.update(|record| record.plan_version = plan);
+    /// Says which plan this worker has done everything for that it asks. True when that is news.
+    pub fn acted_on(&self, plan: PlanVersion) -> bool {
+        self.update(|record| record.plan_version = plan)
     }
 
-    /// Says that this worker takes nothing new. What it holds stays listed: it still answers for what it accepted.
+    /// Says how many rows a second go through one of its experts, as the nearest power of two: workers of one kind shall
+    /// look alike, whatever else their machines were doing when they were measured.
+    pub fn is_as_fast_as(&self, rows_per_second: f64) {
+        if rows_per_second.is_finite() && rows_per_second > 0.0 {
+            self.update(|record| record.speed = rows_per_second.log2().round().exp2());
+        }
+    }
+
+    /// Whether the record surely is in the store now.
+    pub fn is_registered(&self) -> bool {
+        self.current.lock().membership.as_ref().is_some_and(|membership| *membership.registered().borrow())
+    }
+
+    /// Says that this worker is leaving. What it holds stays listed: it answers for it until others have it.
     pub fn drain(&self) {
-        self.update(|record| record.state = WorkerState::Draining);
+        let _ = self.update(|record| record.state = WorkerState::Draining);
     }
 
     /// Takes the record out of the store; bounded by the membership's own limit. Nothing is published after it.
@@ -69,13 +82,15 @@ impl Registration {
         }
     }
 
-    /// Publishes where the record really changed, under the lock so that two changes are published in their order.
-    fn update(&self, change: impl FnOnce(&mut WorkerRecord)) {
+    /// Publishes the record and returns true where the record really changed, under the lock so that two changes are published in their order.
+    fn update(&self, change: impl FnOnce(&mut WorkerRecord)) -> bool {
         let mut current = self.current.lock();
         let before = current.record.clone();
         change(&mut current.record);
-        if let (Some(membership), true) = (&current.membership, current.record != before) {
+        let changed = current.record != before;
+        if let (Some(membership), true) = (&current.membership, changed) {
             membership.publish(current.record.encode());
         }
+        changed
     }
 }

@@ -27,6 +27,7 @@ mod lease;
 pub mod membership;
 pub mod election;
 pub mod model_key;
+pub mod publication;
 pub mod view;
 
 pub use codec::DecodeError;

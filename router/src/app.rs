@@ -38,12 +38,13 @@ use tracing::{info, warn};
 
 use crate::{
     api::{ApiState, Limits, ServedModel, Service},
-    config::{Config, Speculative},
+    config::{Config, Hedge, Speculative},
     control,
     engine::{Drafter, Engine},
     kv_memory,
+    load::{Reporter, SentRows},
     metrics::{self, EngineCounters},
-    moe::Exchange,
+    moe::{Exchange, Hedging},
     registration::Registration,
     scheduler::{self, blocks::BlockPool},
     stall::Stall,
@@ -108,6 +109,7 @@ pub struct Router {
     listen: SocketAddr,
     probes: Probes,
     registration: Registration,
+    reporter: Reporter,
     election: Election,
     server: JoinHandle<Result<(), server::Error>>,
     engine: tensor_thread::Answer<()>,
@@ -140,6 +142,7 @@ struct Prepared {
     keys: Keys,
     view: View,
     workers: Workers,
+    sent: Arc<SentRows>,
     scheduler: scheduler::Handle,
     /// Tokens that one sequence may have.
     context_tokens: usize,
@@ -165,12 +168,15 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     metrics::register(&probes.registry, workers.clone());
     let stall = Arc::new(Stall::default());
     let (scheduler, queue) = scheduler::queue(Arc::clone(&stall), config.max_waiting as usize);
+    let sent = Arc::new(SentRows::new(model.config.moe_layers(), model.config.n_routed_experts));
     let exchange = Exchange {
         workers: workers.clone(),
         mode: config.combine,
         encoding: config.encoding(),
         hidden: model.config.hidden_size,
         patience: config.batch_timeout(),
+        hedging: (config.hedge == Hedge::Auto).then(Hedging::default),
+        sent: Arc::clone(&sent),
         stall,
     };
     let layers = match config.speculative {
@@ -194,7 +200,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
         stop: end.clone(),
     };
     let engine = start_engine(config, checkpoint, plan).await?;
-    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, scheduler, context_tokens, engine, end })
+    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, sent, scheduler, context_tokens, engine, end })
 }
 
 /// Reads all of the folder but the weights.
@@ -291,7 +297,7 @@ async fn serve(
     probes: Probes,
     prepared: Prepared,
 ) -> Result<Router, Error> {
-    let Prepared { model, store, keys, view, workers, scheduler, context_tokens, engine, end } = prepared;
+    let Prepared { model, store, keys, view, workers, sent, scheduler, context_tokens, engine, end } = prepared;
     let listen = listener.local_addr;
     let id = match &config.id {
         Some(id) => id.clone(),
@@ -323,13 +329,15 @@ async fn serve(
     let registration =
         Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch()).await?;
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
+    let times = (config.lease_ttl(), config.load_window());
+    let reporter = Reporter::start(sent, (Arc::clone(&store), &keys), &id, times);
     let controller = control::run(store, keys, config.policy(), view.subscribe(), election.is_leader(), end.clone());
     tokio::spawn(async move {
         controller.await;
         // The view lives as long as somebody follows it.
         drop(view);
     });
-    Ok(Router { id, listen, probes, registration, election, server, engine, closing, end })
+    Ok(Router { id, listen, probes, registration, reporter, election, server, engine, closing, end })
 }
 
 impl Router {
@@ -350,6 +358,7 @@ impl Router {
         // Those who look routers up stop choosing this one before its port closes.
         self.election.resign().await;
         self.registration.leave().await;
+        self.reporter.leave().await;
         self.closing.cancel();
         if result.is_ok() {
             // Waits for the streams in flight, at most for the grace.

@@ -77,6 +77,27 @@ pub struct Config {
     /// How long a worker may take for one batch before its rows are sent elsewhere, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=600))]
     pub batch_timeout: u64,
+    /// Send a batch that is late, by what batches of its size usually take, to other holders too: auto (at most one in five,
+    /// or ten a second) or off
+    #[arg(long, value_enum, default_value = "auto")]
+    pub hedge: Hedge,
+    /// How long a time the load that experts are placed by is of, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub load_window: u64,
+    /// How often experts may be moved because of their load, seconds; 0 never moves one that has a live holder
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86400))]
+    pub rebalance_period: u64,
+    /// Balancedness (mean / max load of workers) below which they are moved sooner than that
+    #[arg(long, value_name = "RATIO", default_value_t = 0.5, value_parser = ratio)]
+    pub rebalance_below: f64,
+    /// What balancedness must gain for experts to be moved
+    #[arg(long, value_name = "RATIO", default_value_t = 0.05, value_parser = ratio)]
+    pub rebalance_gain: f64,
+    /// Further copies per layer, for the experts with the most rows, where memory allows [default: an eighth of a layer's
+    /// experts]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=65536))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub redundant_experts: Option<u32>,
     /// Rows in one step, of all sequences together
     #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub max_batched_tokens: u32,
@@ -109,6 +130,22 @@ pub struct Config {
     /// Drain when the process that started this one ends
     #[arg(long)]
     pub die_with_parent: bool,
+}
+
+/// Whether late batches are sent twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Hedge {
+    /// Within a budget.
+    Auto,
+    /// Never.
+    Off,
+}
+
+/// A number from 0 to 1.
+fn ratio(text: &str) -> Result<f64, String> {
+    let ratio: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if (0.0..=1.0).contains(&ratio) { Ok(ratio) } else { Err("it is not between 0 and 1".to_owned()) }
 }
 
 /// What guesses tokens ahead.
@@ -149,6 +186,11 @@ impl Config {
     /// What the controller plans by.
     pub fn policy(&self) -> Policy {
         Policy { replicas: self.replicas, min_workers: self.min_workers }
+    }
+
+    /// Of what the load is told.
+    pub fn load_window(&self) -> Duration {
+        Duration::from_secs(self.load_window)
     }
 
     /// What one step may hold.

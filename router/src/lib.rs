@@ -17,6 +17,7 @@ pub mod engine;
 mod stall;
 pub mod moe;
 pub mod workers;
+pub mod load;
 
 // Who holds what, decided by the router that leads.
 pub mod control;

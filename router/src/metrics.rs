@@ -41,12 +41,14 @@ pub(crate) fn register(registry: &Registry, workers: Workers) {
 
 impl Collector for Dispatches {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Counters { rows, batches, refused, lost, corrupt, late } = self.0.counters();
-        let families: [(&str, &str, &AtomicU64); 6] = [
+        let Counters { rows, batches, refused, lost, corrupt, late, hedges, hedges_won } = self.0.counters();
+        let families: [(&str, &str, &AtomicU64); 8] = [
             ("dispatch_rows", "Rows sent to expert workers, once per worker they went to", rows),
             ("dispatch_batches", "Batches sent to expert workers", batches),
             ("dispatch_refused", "Batches that an expert worker refused", refused),
             ("dispatch_lost", "Batches lost with their stream or to their deadline", lost),
+            ("dispatch_hedges", "Batches that were late and sent to other expert workers too", hedges),
+            ("dispatch_hedges_won", "Of them, those that the others answered first", hedges_won),
             ("combine_corrupt", "Answers of a wrong size, or with values that are no numbers", corrupt),
             ("combine_late", "Answers that nobody waited for any more", late),
         ];

@@ -62,6 +62,8 @@ async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
         let view = View::start(Arc::clone(&cluster.store), cluster.keys.clone(), end.clone()).await.expect("a view");
         let hidden = transformer.config().hidden_size;
         let exchange = |mode| Exchange {
+            hedging: Some(Hedging::default()),
+            sent: Arc::new(SentRows::new(std::iter::empty(), 0)),
             workers: Workers::start(view.subscribe(), hidden, end.clone()),
             mode,
             encoding: Encoding::F32,

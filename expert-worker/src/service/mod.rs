@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use conclave_model::wire::{self, Encoding};
 use conclave_placement::ids::LayerIdx;
+use conclave_placement::state::WorkerState;
 use conclave_proto::expert::INCARNATION_METADATA;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
@@ -49,7 +50,7 @@ pub struct Parts {
     pub registration: Arc<Registration>,
     pub metrics: Metrics,
     /// Cancelled: refuse what is new.
-    pub draining: CancellationToken,
+    pub refusing: CancellationToken,
     /// Cancelled: read no more, end the streams after what is in flight.
     pub closing: CancellationToken,
     /// Batches accepted and not yet answered.
@@ -128,7 +129,7 @@ impl Parts {
             incarnation: record.incarnation.get(),
             device: record.device,
             plan_version: record.plan_version.0,
-            draining: self.draining.is_cancelled(),
+            draining: record.state == WorkerState::Draining,
             rows_total: layers.iter().map(|layer| layer.rows_total).sum(),
             layers,
             resident_bytes: resident.bytes,
@@ -139,7 +140,7 @@ impl Parts {
 
     /// Checks a batch and lets it wait for the tensor thread.
     fn accept(&self, message: &pb::DispatchBatch, received: Instant) -> Result<Accepted, Refusal> {
-        if self.draining.is_cancelled() {
+        if self.refusing.is_cancelled() {
             return Err(Refusal::Draining);
         }
         let Decoded { batch, return_encoding } = decode(message, &self.shape).map_err(Refusal::Invalid)?;

@@ -6,5 +6,6 @@
 pub mod combine;
 pub mod exchange;
 pub mod plan;
+mod round;
 
-pub use exchange::{Exchange, Mode};
+pub use exchange::{Exchange, Hedging, Mode};

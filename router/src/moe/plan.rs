@@ -5,6 +5,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::workers::Holders;
+
 /// One row's use of one expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Assignment {
@@ -38,6 +40,17 @@ pub struct Part {
     pub row_ids: Vec<u32>,
 }
 
+/// Whether a worker may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Standing {
+    /// As any other.
+    Ready,
+    /// Only where there is nobody else: it is late with an answer.
+    Avoided,
+    /// Not now.
+    Excluded,
+}
+
 /// Nobody who can be asked holds this expert.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoHolder {
@@ -48,11 +61,13 @@ pub struct NoHolder {
 /// Assigns `assignments` (in slot order) to holders.
 ///
 /// All rows of an expert go to one replica: reading its weights is the cost, so sixteen rows cost as one. Experts are
-/// taken from the most rows to the fewest, and each goes to its holder with the least so far.
+/// taken from the most rows to the fewest, and each goes to the holder that would be done first, by its `speed` and what
+/// it has so far; one that the plan wants there before one that holds it still, and one that is late after all others.
 pub fn plan<'a>(
     assignments: &[Assignment],
-    holders: impl Fn(u16) -> &'a [u32],
-    excluded: &[u32],
+    holders: impl Fn(u16) -> Holders<'a>,
+    standing: impl Fn(u32) -> Standing,
+    speed: impl Fn(u32) -> f64,
     most: Most,
 ) -> Result<Vec<Part>, NoHolder> {
     let mut rows_of: BTreeMap<u16, u32> = BTreeMap::new();
@@ -65,9 +80,14 @@ pub fn plan<'a>(
     let mut load: BTreeMap<u32, u32> = BTreeMap::new();
     let mut chosen: BTreeMap<u16, u32> = BTreeMap::new();
     for (expert, rows) in experts {
-        let able = holders(expert).iter().copied().filter(|worker| !excluded.contains(worker));
-        let least = able.min_by_key(|worker| (load.get(worker).copied().unwrap_or(0), *worker));
-        let worker = least.ok_or(NoHolder { expert })?;
+        let Holders { planned, spare } = holders(expert);
+        let able = planned.iter().map(|worker| (false, *worker)).chain(spare.iter().map(|worker| (true, *worker)));
+        let able = able.map(|(spare, worker)| ((standing(worker), spare), worker));
+        let able = able.filter(|((standing, _), _)| *standing != Standing::Excluded);
+        let done = |worker: u32| f64::from(load.get(&worker).copied().unwrap_or(0) + rows) / speed(worker);
+        let first = able
+            .min_by(|(one, a), (other, b)| one.cmp(other).then_with(|| done(*a).total_cmp(&done(*b))).then(a.cmp(b)));
+        let (_, worker) = first.ok_or(NoHolder { expert })?;
         *load.entry(worker).or_default() += rows;
         chosen.insert(expert, worker);
     }
@@ -125,7 +145,12 @@ mod tests {
                 .collect();
             let holders: Vec<Vec<u32>> = holders.into_iter().map(|set| set.into_iter().collect()).collect();
             let able = |expert: u16| holders[expert as usize].iter().any(|worker| !excluded.contains(worker));
-            match plan(&assignments, |expert| &holders[expert as usize], &excluded, most) {
+            let held = |expert: u16| {
+                let (planned, spare) = holders[expert as usize].split_at(holders[expert as usize].len() / 2);
+                Holders { planned, spare }
+            };
+            let standing = |worker| if excluded.contains(&worker) { Standing::Excluded } else { Standing::Ready };
+            match plan(&assignments, held, standing, |worker| f64::from(worker + 1), most) {
                 Err(NoHolder { expert }) => prop_assert!(!able(expert)),
                 Ok(parts) => {
                     let mut slots: Vec<u32> = Vec::new();
@@ -152,7 +177,29 @@ mod tests {
         let assignments: Vec<Assignment> =
             (0..8).map(|slot| Assignment { slot, row: slot, expert: slot as u16 % 4 }).collect();
         let most = Most { rows: 100, assignments: 100 };
-        let parts = plan(&assignments, |_| &[0, 1], &[], most).expect("held");
-        assert_eq!(parts.iter().map(|part| part.rows.len()).collect::<Vec<_>>(), [4, 4]);
+        let held = |_| Holders { planned: &[0, 1], spare: &[] };
+        let rows = |speeds: [f64; 2]| {
+            let parts = plan(&assignments, held, |_| Standing::Ready, |worker| speeds[worker as usize], most);
+            parts.expect("held").iter().map(|part| part.rows.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(rows([1.0, 1.0]), [4, 4]);
+        assert_eq!(rows([3.1, 1.0]), [6, 2], "a faster one takes more");
+    }
+
+    #[test]
+    fn planned_holders_come_before_spare_ones_and_late_ones_last() {
+        let assignments = [Assignment { slot: 0, row: 0, expert: 0 }];
+        let most = Most { rows: 100, assignments: 100 };
+        let chosen = |standings: [Standing; 3]| {
+            let held = |_| Holders { planned: &[2], spare: &[0, 1] };
+            let parts = plan(&assignments, held, |worker| standings[worker as usize], |_| 1.0, most);
+            parts.map(|parts| parts[0].worker)
+        };
+        use Standing::{Avoided, Excluded, Ready};
+        assert_eq!(chosen([Ready, Ready, Ready]), Ok(2));
+        assert_eq!(chosen([Ready, Ready, Avoided]), Ok(0));
+        assert_eq!(chosen([Avoided, Ready, Excluded]), Ok(1));
+        assert_eq!(chosen([Avoided, Avoided, Avoided]), Ok(2), "late is better than nobody");
+        assert_eq!(chosen([Excluded, Excluded, Excluded]), Err(NoHolder { expert: 0 }));
     }
 }

@@ -1,6 +1,7 @@
 //! One long-lived exchange stream to one worker, connected again whenever it breaks.
 //!
-//! In: dispatches. Out: a reply each, or word that it is lost, at once when the stream breaks.
+//! In: dispatches. Out: a reply each, or word that it is lost, at once when the stream breaks; and whether an answer is
+//! overdue, also one that nobody waits for any more.
 //! Never here: a dispatch sent twice, an answer for one batch given to another, a wait without an end.
 
 use std::{
@@ -31,10 +32,12 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Streaming, transport::Endpoint};
 use tracing::{debug, warn};
 
-use super::{Counters, codec};
+use super::{Counters, Pace, codec, probe};
 
 /// Messages between the engine and the socket.
 const SEND_QUEUE: usize = 64;
+/// Batches that one worker may owe an answer for.
+const UNANSWERED_MAX: usize = 1024;
 /// Until a new stream must have been accepted.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to connect: the first, and the longest.
@@ -54,7 +57,10 @@ struct Shared {
     hidden: usize,
     next_batch: AtomicU64,
     stream: Mutex<Stream>,
+    /// An expert that it holds, to be asked about when it comes back from being left alone.
+    canary: Mutex<Option<probe::Canary>>,
     counters: Arc<Counters>,
+    pace: Arc<Pace>,
     stop: CancellationToken,
 }
 
@@ -79,21 +85,32 @@ enum Ending {
     Unreliable(String),
 }
 
+/// A batch that the worker owes an answer for.
 #[derive(Debug)]
 struct Waiting {
     rows: usize,
-    answer: oneshot::Sender<codec::Reply>,
+    assignments: usize,
+    sent: Instant,
+    late_at: Option<Instant>,
+    /// `None` once the caller stopped waiting: the answer is dropped when it comes, and overdue until then.
+    answer: Option<oneshot::Sender<codec::Reply>>,
 }
 
-/// Forgets a batch whose caller stopped waiting, so that its late answer is dropped.
+/// Marks a batch whose caller stopped waiting.
 struct Forget<'a> {
     link: &'a Link,
     batch_id: u64,
+    /// Whether the worker has been asked: what never left is owed no answer.
+    sent: bool,
 }
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        self.link.0.stream.lock().waiting.remove(&self.batch_id);
+        let mut stream = self.link.0.stream.lock();
+        match stream.waiting.get_mut(&self.batch_id) {
+            Some(waiting) if self.sent => waiting.answer = None,
+            _ => drop(stream.waiting.remove(&self.batch_id)),
+        }
     }
 }
 
@@ -102,7 +119,7 @@ impl Link {
     pub(super) fn open(
         worker: &WorkerRecord,
         hidden: usize,
-        counters: Arc<Counters>,
+        (counters, pace): (Arc<Counters>, Arc<Pace>),
         events: mpsc::Sender<()>,
         stop: CancellationToken,
     ) -> Result<Self, channel::Error> {
@@ -113,7 +130,9 @@ impl Link {
             hidden,
             next_batch: AtomicU64::new(1),
             stream: Mutex::default(),
+            canary: Mutex::default(),
             counters,
+            pace,
             stop,
         }));
         tokio::spawn(link.clone().keep_connected(endpoint, events));
@@ -130,10 +149,28 @@ impl Link {
         self.0.stream.lock().out.is_some()
     }
 
-    /// Sends one batch and waits for what becomes of it. A worker that has not answered after `patience` is suspect:
-    /// its stream is cut, and it is asked nothing more until a new one opens. `deadline` is when nobody will wait for
-    /// the answer any more, for the worker's information; the caller drops this future then, which blames nobody.
-    pub async fn call(&self, dispatch: &codec::Dispatch, patience: Duration, deadline: Instant) -> codec::Reply {
+    /// Whether it owes an answer that is late.
+    pub fn is_overdue(&self, now: Instant) -> bool {
+        let stream = self.0.stream.lock();
+        stream.waiting.values().any(|waiting| waiting.late_at.is_some_and(|late_at| late_at <= now))
+    }
+
+    /// What it may be asked when it comes back from being left alone.
+    pub(super) fn remember(&self, canary: Option<probe::Canary>) {
+        *self.0.canary.lock() = canary;
+    }
+
+    /// Sends one batch and waits for what becomes of it. A worker that has not answered at `late_at` is overdue until it
+    /// does, whether or not this future still lives. One that has not answered after `patience` is suspect: its stream is
+    /// cut, and it is asked nothing more until a new one opens. `deadline` is when nobody will wait for the answer any
+    /// more, for the worker's information; the caller drops this future then.
+    pub async fn call(
+        &self,
+        dispatch: &codec::Dispatch,
+        late_at: Option<Instant>,
+        patience: Duration,
+        deadline: Instant,
+    ) -> codec::Reply {
         let counters = &self.0.counters;
         counters.batches.fetch_add(1, Relaxed);
         counters.rows.fetch_add(dispatch.rows as u64, Relaxed);
@@ -142,10 +179,15 @@ impl Link {
         let (out, cut) = {
             let mut stream = self.0.stream.lock();
             let Some(out) = stream.out.clone() else { return self.lost("there is no connection") };
-            stream.waiting.insert(batch_id, Waiting { rows: dispatch.returned_rows(), answer });
+            if stream.waiting.len() >= UNANSWERED_MAX {
+                return self.lost("it owes too many answers");
+            }
+            let (rows, assignments, sent) = (dispatch.returned_rows(), dispatch.expert_ids.len(), Instant::now());
+            let waiting = Waiting { rows, assignments, sent, late_at, answer: Some(answer) };
+            stream.waiting.insert(batch_id, waiting);
             (out, stream.cut.clone())
         };
-        let _forget = Forget { link: self, batch_id };
+        let mut forget = Forget { link: self, batch_id, sent: false };
         // A worker that cannot be in time says so itself, a little before it would be taken for dead.
         let left = deadline.saturating_duration_since(Instant::now()).min(patience.mul_f64(0.8));
         let message = dispatch.to_message(batch_id, left);
@@ -153,6 +195,7 @@ impl Link {
             if out.send(message).await.is_err() {
                 return self.lost("the connection broke");
             }
+            forget.sent = true;
             answered.await.unwrap_or_else(|_| self.lost("the connection broke"))
         };
         match timeout(patience, exchange).await {
@@ -176,10 +219,10 @@ impl Link {
 
     async fn keep_connected(self, endpoint: Endpoint, events: mpsc::Sender<()>) {
         let stop = self.0.stop.clone();
-        let (mut backoff, mut quarantine) = (BACKOFF.0, QUARANTINE.0);
+        let (mut backoff, mut quarantine, mut distrusted) = (BACKOFF.0, QUARANTINE.0, false);
         while !stop.is_cancelled() {
             let opened = tokio::select! {
-                opened = self.connect(&endpoint) => opened,
+                opened = self.connect(&endpoint, distrusted) => opened,
                 () = stop.cancelled() => break,
             };
             let pause = match opened {
@@ -190,6 +233,7 @@ impl Link {
                     let answered = self.down();
                     let _ = events.send(()).await;
                     (backoff, quarantine) = if answered { (BACKOFF.0, QUARANTINE.0) } else { (backoff, quarantine) };
+                    distrusted = matches!(ending, Ending::Unreliable(_));
                     match ending {
                         _ if stop.is_cancelled() => break,
                         Ending::Broken(why) => {
@@ -215,9 +259,11 @@ impl Link {
         self.down();
     }
 
+    /// Opens a stream. One to a worker that is distrusted is there only once it has answered a probe.
     async fn connect(
         &self,
         endpoint: &Endpoint,
+        distrusted: bool,
     ) -> Result<(mpsc::Sender<pb::DispatchBatch>, Streaming<pb::CombineBatch>), String> {
         let open = async {
             let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
@@ -229,10 +275,14 @@ impl Link {
             // Its address may be another worker's by now, with other weights: that one will refuse.
             request.metadata_mut().insert(INCARNATION_METADATA, self.0.incarnation.get().into());
             let response = client.exchange(request).await;
-            let inbound = response.map_err(|status| status.to_string())?.into_inner();
+            let mut inbound = response.map_err(|status| status.to_string())?.into_inner();
+            let canary = *self.0.canary.lock();
+            if let Some(canary) = canary.filter(|_| distrusted) {
+                probe::ask(canary, self.0.hidden, &out, &mut inbound).await?;
+            }
             Ok((out, inbound))
         };
-        timeout(OPEN_TIMEOUT, open).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))
+        timeout(OPEN_TIMEOUT * 2, open).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))
     }
 
     fn up(&self, out: mpsc::Sender<pb::DispatchBatch>) -> CancellationToken {
@@ -276,8 +326,13 @@ impl Link {
         let outcome = message.outcome.ok_or("an answer without an outcome")?;
         let reply = codec::from_message(outcome, waiting.rows, self.0.hidden)?;
         self.0.stream.lock().answered = true;
-        // Whoever asked may have stopped waiting this moment.
-        let _ = waiting.answer.send(reply);
+        if matches!(reply, codec::Reply::Rows(_)) {
+            self.0.pace.observe(waiting.assignments, waiting.sent.elapsed());
+        }
+        // Whoever asked may have stopped waiting.
+        if waiting.answer.is_none_or(|answer| answer.send(reply).is_err()) {
+            self.0.counters.late.fetch_add(1, Relaxed);
+        }
         Ok(())
     }
 }

@@ -1,15 +1,22 @@
 //! The expert workers as this router knows them: who is reachable, who holds what.
 //!
-//! In: the cluster's state, as the view brings it. Out: a [`Snapshot`] to plan by, and [`Link`]s to send over.
+//! In: the cluster's state, as the view brings it. Out: a [`Snapshot`] to plan by, and [`Link`]s to send over. What the
+//! store says of a worker is hearsay, a stream that works is a fact: a worker whose record vanished (a lost lease, a store
+//! that was wiped) is asked for as long as its stream is up and nobody came in its place.
 //! Never here: a choice between replicas, a retry, a read of the store.
 
 mod codec;
 mod link;
+mod pace;
+mod probe;
 mod snapshot;
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 use conclave_placement::{
@@ -22,7 +29,8 @@ use tracing::{info, warn};
 
 pub use codec::{Dispatch, Refusal, Reply};
 pub use link::Link;
-pub use snapshot::{Reach, Snapshot};
+pub use pace::Pace;
+pub use snapshot::{Holders, Reach, Snapshot};
 
 /// Link events waiting for the pool; each link has at most one change under way.
 const EVENT_QUEUE: usize = 256;
@@ -42,6 +50,22 @@ pub struct Counters {
     pub corrupt: AtomicU64,
     /// Answers nobody waited for any more.
     pub late: AtomicU64,
+    /// Batches that were late and sent to others too.
+    pub hedges: AtomicU64,
+    /// Of them, those that others answered first.
+    pub hedges_won: AtomicU64,
+}
+
+impl Counters {
+    /// A batch was late and goes to others too.
+    pub(crate) fn hedged(&self) {
+        self.hedges.fetch_add(1, Relaxed);
+    }
+
+    /// Others had it first.
+    pub(crate) fn hedge_won(&self) {
+        self.hedges_won.fetch_add(1, Relaxed);
+    }
 }
 
 /// A cheap handle on the pool.
@@ -49,16 +73,17 @@ pub struct Counters {
 pub struct Workers {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     counters: Arc<Counters>,
+    pace: Arc<Pace>,
 }
 
 impl Workers {
     /// Follows `cluster` until `stop`: one link to each serving worker, a new snapshot at every change.
     pub fn start(cluster: watch::Receiver<Arc<ClusterState>>, hidden: usize, stop: CancellationToken) -> Self {
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::empty()));
-        let counters = Arc::new(Counters::default());
-        let pool = Pool { links: BTreeMap::new(), publish, counters: counters.clone(), hidden };
+        let (counters, pace) = (Arc::new(Counters::default()), Arc::new(Pace::default()));
+        let pool = Pool { known: BTreeMap::new(), publish, counters: counters.clone(), pace: pace.clone(), hidden };
         tokio::spawn(pool.run(cluster, stop));
-        Self { snapshots, counters }
+        Self { snapshots, counters, pace }
     }
 
     /// The newest picture.
@@ -75,14 +100,28 @@ impl Workers {
     pub fn counters(&self) -> &Counters {
         &self.counters
     }
+
+    /// How long answers usually take.
+    pub fn pace(&self) -> &Pace {
+        &self.pace
+    }
 }
 
 /// The task behind the handle.
 struct Pool {
-    links: BTreeMap<(WorkerId, Incarnation), Link>,
+    known: BTreeMap<(WorkerId, Incarnation), Known>,
     publish: watch::Sender<Arc<Snapshot>>,
     counters: Arc<Counters>,
+    pace: Arc<Pace>,
     hidden: usize,
+}
+
+/// A run of a worker: what it last said of itself, and the stream to it.
+struct Known {
+    record: WorkerRecord,
+    link: Link,
+    /// Whether the store still tells of it.
+    listed: bool,
 }
 
 impl Pool {
@@ -90,8 +129,10 @@ impl Pool {
         let (events, mut changes) = mpsc::channel(EVENT_QUEUE);
         loop {
             let state = cluster.borrow_and_update().clone();
+            self.forget(&state);
             self.follow(&state, &events, &stop);
-            self.publish.send_replace(Arc::new(Snapshot::new(&state, &self.links)));
+            let known = self.known.values().map(|known| (&known.record, &known.link));
+            self.publish.send_replace(Arc::new(Snapshot::new(&state, known)));
             tokio::select! {
                 changed = cluster.changed() => if changed.is_err() { return },
                 Some(()) = changes.recv() => {}
@@ -100,35 +141,49 @@ impl Pool {
         }
     }
 
-    /// Opens links to newcomers and closes those to the departed.
-    fn follow(&mut self, state: &ClusterState, events: &mpsc::Sender<()>, stop: &CancellationToken) {
-        let serving = |worker: &&WorkerRecord| worker.state != WorkerState::Starting;
-        let wanted: BTreeMap<_, _> = state
-            .workers
-            .values()
-            .filter(serving)
-            .map(|worker| ((worker.id.clone(), worker.incarnation), worker))
-            .collect();
-        self.links.retain(|key, link| {
-            let stays = wanted.contains_key(key);
+    /// Closes links to those who left: the store does not tell of them, and their stream is down or another run of them
+    /// is there.
+    fn forget(&mut self, state: &ClusterState) {
+        self.known.retain(|(id, incarnation), known| {
+            let there = state.workers.get(id);
+            let listed = there.is_some_and(|worker| worker.incarnation == *incarnation);
+            let stays = listed || there.is_none() && known.link.is_up();
             if !stays {
-                info!(worker = %key.0, "expert worker left");
-                link.close();
+                info!(worker = %id, "expert worker left");
+                known.link.close();
+            } else if known.listed && !listed {
+                warn!(worker = %id, "the store has lost this expert worker, its stream has not");
             }
+            known.listed = listed;
             stays
         });
-        for (key, worker) in wanted {
-            if self.links.contains_key(&key) {
-                continue;
-            }
-            let (counters, token) = (self.counters.clone(), stop.child_token());
-            match Link::open(worker, self.hidden, counters, events.clone(), token) {
-                Ok(link) => {
-                    info!(worker = %key.0, address = %worker.address, "expert worker joined");
-                    self.links.insert(key, link);
+    }
+
+    /// Opens links to newcomers, and hears what the others say of themselves.
+    fn follow(&mut self, state: &ClusterState, events: &mpsc::Sender<()>, stop: &CancellationToken) {
+        for worker in state.workers.values().filter(|worker| worker.state != WorkerState::Starting) {
+            let key = (worker.id.clone(), worker.incarnation);
+            if !self.known.contains_key(&key) {
+                let shared = (self.counters.clone(), self.pace.clone());
+                match Link::open(worker, self.hidden, shared, events.clone(), stop.child_token()) {
+                    Ok(link) => {
+                        info!(worker = %worker.id, address = %worker.address, "expert worker joined");
+                        link.remember(canary(worker));
+                        self.known.insert(key.clone(), Known { record: worker.clone(), link, listed: true });
+                    }
+                    Err(error) => warn!(worker = %worker.id, %error, "expert worker cannot be reached"),
                 }
-                Err(error) => warn!(worker = %key.0, %error, "expert worker cannot be reached"),
+            }
+            if let Some(known) = self.known.get_mut(&key).filter(|known| known.record != *worker) {
+                known.record.clone_from(worker);
+                known.link.remember(canary(worker));
             }
         }
     }
+}
+
+/// An expert that a worker can be asked about.
+fn canary(worker: &WorkerRecord) -> Option<probe::Canary> {
+    let first = worker.resident.iter().next();
+    first.map(|(layer, expert)| probe::Canary { layer: layer.0, expert: expert.0 })
 }

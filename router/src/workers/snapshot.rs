@@ -1,13 +1,14 @@
 //! One immutable picture of who can be asked for which expert. The only thing the data path plans by.
 //!
-//! In: the cluster's state and the links. Out: holders per (layer, expert), as indices into one list of workers.
+//! In: the cluster's state and the links. Out: holders per (layer, expert), as indices into one list of workers: first
+//! those that the plan wants there, then those that hold it still.
 //! Never here: workers whose link is down; they are as good as absent.
 
 use std::collections::BTreeMap;
 
 use conclave_placement::{
-    ids::{Incarnation, PlanVersion, WorkerId},
-    state::{ClusterState, WorkerState},
+    ids::{ExpertId, LayerIdx, PlanVersion, WorkerId},
+    state::{ClusterState, WorkerRecord, WorkerState},
 };
 
 use super::Link;
@@ -19,6 +20,23 @@ pub struct Reach {
     pub id: WorkerId,
     /// Sends to it.
     pub link: Link,
+    /// How fast it is beside the others; 1 where nobody measured.
+    pub speed: f64,
+}
+
+/// Who can be asked for one expert, as indices into [`Snapshot::workers`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holders<'a> {
+    /// Those that the plan wants there.
+    pub planned: &'a [u32],
+    /// Those that hold it too: about to let go of it, or about to leave.
+    pub spare: &'a [u32],
+}
+
+#[derive(Clone, Debug, Default)]
+struct Held {
+    planned: Vec<u32>,
+    spare: Vec<u32>,
 }
 
 /// Who can be asked for what.
@@ -28,8 +46,8 @@ pub struct Snapshot {
     pub plan_version: PlanVersion,
     /// Reachable workers, by name.
     pub workers: Vec<Reach>,
-    /// Per layer, per expert, indices into `workers`.
-    holders: BTreeMap<u32, Vec<Vec<u32>>>,
+    /// Per layer, per expert.
+    holders: BTreeMap<u32, Vec<Held>>,
 }
 
 impl Snapshot {
@@ -37,29 +55,49 @@ impl Snapshot {
         Self { plan_version: PlanVersion(0), workers: Vec::new(), holders: BTreeMap::new() }
     }
 
-    pub(super) fn new(state: &ClusterState, links: &BTreeMap<(WorkerId, Incarnation), Link>) -> Self {
+    /// Of `known` workers, those whose link is up, by what `state` says of the plan.
+    pub(super) fn new<'a>(state: &ClusterState, known: impl Iterator<Item = (&'a WorkerRecord, &'a Link)>) -> Self {
         let plan_version = state.plan.as_ref().map_or(PlanVersion(0), |plan| plan.version);
         let mut snapshot = Self { plan_version, ..Self::empty() };
-        let experts = state.model.as_ref().map_or(0, |model| model.experts as usize);
-        for record in state.workers.values().filter(|record| record.state == WorkerState::Serving) {
-            let Some(link) = links.get(&(record.id.clone(), record.incarnation)) else { continue };
-            if !link.is_up() {
-                continue;
-            }
-            let index = snapshot.workers.len() as u32;
-            snapshot.workers.push(Reach { id: record.id.clone(), link: link.clone() });
-            for (layer, expert) in record.resident.iter() {
-                let layer = snapshot.holders.entry(layer.0).or_insert_with(|| vec![Vec::new(); experts]);
-                if let Some(holders) = layer.get_mut(usize::from(expert.0)) {
-                    holders.push(index);
-                }
-            }
+        let answers = |(record, link): &(&WorkerRecord, &Link)| record.state != WorkerState::Starting && link.is_up();
+        for (record, link) in known.filter(answers) {
+            snapshot.add(state, record, link);
         }
+        snapshot.compare_speeds();
         snapshot
     }
 
-    /// Workers that hold `expert` of `layer` and can be asked.
-    pub fn holders(&self, layer: u32, expert: u16) -> &[u32] {
-        self.holders.get(&layer).and_then(|experts| experts.get(usize::from(expert))).map_or(&[], Vec::as_slice)
+    fn add(&mut self, state: &ClusterState, record: &WorkerRecord, link: &Link) {
+        let experts = state.model.as_ref().map_or(0, |model| model.experts as usize);
+        let stays = !state.is_leaving(record);
+        let index = self.workers.len() as u32;
+        self.workers.push(Reach { id: record.id.clone(), link: link.clone(), speed: record.speed });
+        let planned = |layer: LayerIdx, expert: ExpertId| match &state.plan {
+            Some(plan) => plan.holders(layer, expert).contains(&record.id),
+            None => true,
+        };
+        for (layer, expert) in record.resident.iter() {
+            let held = self.holders.entry(layer.0).or_insert_with(|| vec![Held::default(); experts]);
+            let Some(held) = held.get_mut(usize::from(expert.0)) else { continue };
+            match stays && planned(layer, expert) {
+                true => held.planned.push(index),
+                false => held.spare.push(index),
+            }
+        }
+    }
+
+    /// Makes speeds relative to their mean, and those not known the mean itself.
+    fn compare_speeds(&mut self) {
+        let known: Vec<f64> = self.workers.iter().map(|worker| worker.speed).filter(|speed| *speed > 0.0).collect();
+        let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
+        for worker in &mut self.workers {
+            worker.speed = if worker.speed > 0.0 && mean > 0.0 { worker.speed / mean } else { 1.0 };
+        }
+    }
+
+    /// Who can be asked for `expert` of `layer`.
+    pub fn holders(&self, layer: u32, expert: u16) -> Holders<'_> {
+        let held = self.holders.get(&layer).and_then(|experts| experts.get(usize::from(expert)));
+        held.map_or(Holders::default(), |held| Holders { planned: &held.planned, spare: &held.spare })
     }
 }

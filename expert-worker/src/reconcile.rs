@@ -1,0 +1,76 @@
+//! What a worker should do about the plan, decided from what it sees. Pure: a plan, a picture of the cluster and what is
+//! here come in; what to load and what may go comes out. Nothing is loaded, dropped or awaited here.
+//!
+//! - **Load** what the plan gives this worker and it lacks: what nobody in the cluster holds comes first, because streams
+//!   wait for it, and no more than memory allows.
+//! - **Release** what the plan no longer gives it, once that cannot hurt: every router has moved on to this plan, and
+//!   every worker that should hold the expert instead holds it and has acted on this plan. The second condition is what
+//!   keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
+//!   gives it until a later one.
+
+use conclave_placement::ids::{ExpertId, LayerIdx, WorkerId};
+use conclave_placement::plan::Plan;
+use conclave_placement::state::{ClusterState, Residency, WorkerState};
+
+/// What to load, in order, and how many more experts memory does not allow.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Lacking {
+    pub load: Vec<(LayerIdx, ExpertId)>,
+    pub too_many: usize,
+}
+
+/// What of `assigned` is not `here`, at most `room` of it.
+pub fn lacking(assigned: &Residency, here: &Residency, cluster: &ClusterState, room: usize) -> Lacking {
+    let mut load: Vec<_> = assigned.iter().filter(|(layer, expert)| !here.contains(*layer, *expert)).collect();
+    // Stable: within both kinds the order stays that of layers.
+    load.sort_by_key(|(layer, expert)| is_served(cluster, *layer, *expert));
+    let too_many = load.len().saturating_sub(room);
+    load.truncate(room);
+    Lacking { load, too_many }
+}
+
+/// Whether somebody who can be asked holds an expert.
+pub fn is_served(cluster: &ClusterState, layer: LayerIdx, expert: ExpertId) -> bool {
+    cluster.holders(layer, expert).any(|worker| worker.state != WorkerState::Starting)
+}
+
+/// What of `here` may be let go under `plan`, which gives this worker `assigned`.
+pub fn releasable(plan: &Plan, assigned: &Residency, here: &Residency, cluster: &ClusterState) -> Residency {
+    if cluster.routers.values().any(|router| router.plan_version < plan.version) {
+        return Residency::new();
+    }
+    let surplus = here.iter().filter(|(layer, expert)| !assigned.contains(*layer, *expert));
+    surplus.filter(|(layer, expert)| is_settled(plan, cluster, *layer, *expert)).collect()
+}
+
+/// Whether everybody who should hold an expert does, and has said so in knowledge of this plan.
+fn is_settled(plan: &Plan, cluster: &ClusterState, layer: LayerIdx, expert: ExpertId) -> bool {
+    let holders = plan.holders(layer, expert);
+    let holds = |id: &WorkerId| {
+        cluster.workers.get(id).is_some_and(|worker| {
+            worker.state == WorkerState::Serving
+                && worker.plan_version >= plan.version
+                && worker.resident.contains(layer, expert)
+        })
+    };
+    !holders.is_empty() && holders.iter().all(holds)
+}
+
+/// Whether a worker that leaves may go: each of its experts is held by another one that stays, and nothing that the plan
+/// puts elsewhere is still on its way. Where there is nobody to hand over to, or nobody to hand over for, it may go too.
+pub fn is_handed_over(me: &WorkerId, here: &Residency, cluster: &ClusterState) -> bool {
+    let stays = |id: &WorkerId| *id != *me && cluster.workers.get(id).is_some_and(|worker| !cluster.is_leaving(worker));
+    if cluster.routers.is_empty() || here.is_empty() || !cluster.workers.keys().any(stays) {
+        return true;
+    }
+    let plan = cluster.plan.as_deref();
+    here.iter().all(|(layer, expert)| {
+        let mut holders = cluster.holders(layer, expert).filter(|worker| worker.state == WorkerState::Serving);
+        let planned = plan.map(|plan| plan.holders(layer, expert)).unwrap_or_default();
+        let arrived = |id: &WorkerId| cluster.workers.get(id).is_some_and(|w| w.resident.contains(layer, expert));
+        holders.any(|worker| stays(&worker.id)) && planned.iter().all(|id| stays(id) && arrived(id))
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,249 @@
+//! The reconciler: pictures of the cluster come in, and what is resident follows the plan in them, one expert at a time.
+//! Each is told to the cluster as soon as it can be computed with, and no longer told before it goes. It decides nothing
+//! (`reconcile` does), never makes a batch wait, and never holds more than the memory budget.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use conclave_placement::ids::{ExpertId, LayerIdx, PlanVersion};
+use conclave_placement::plan::Plan;
+use conclave_placement::state::{ClusterState, Residency};
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::loader::{Error, Weights};
+use crate::metrics::Metrics;
+use crate::reconcile;
+use crate::registration::Registration;
+use crate::residency::Resident;
+
+/// How often a growing residency is published while loading.
+const PUBLISH_EVERY: Duration = Duration::from_millis(250);
+/// How long to wait before experts that failed are tried again: doubles from the first to the second.
+const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+/// How long an expert that is no longer told to the cluster is still answered for: a router that has not heard by then
+/// is told NOT_RESIDENT, and asks another.
+const RETIRE_GRACE: Duration = Duration::from_secs(2);
+/// While batches are computed, loading rests this many times as long as it worked, and at most that long: it competes
+/// with them for memory bandwidth, and on a CPU for cores.
+const REST: (u32, Duration) = (2, Duration::from_secs(1));
+
+/// Makes what is resident follow the plan.
+#[derive(Debug)]
+pub struct Reconciler<W> {
+    weights: W,
+    resident: Arc<Resident>,
+    registration: Arc<Registration>,
+    metrics: Metrics,
+    budget: Budget,
+    /// What the latest plan gives this worker: a plan is long, and pictures come more often than plans.
+    assigned: (PlanVersion, Residency),
+    /// What retires, and when it is over; soonest first.
+    retiring: VecDeque<(Instant, LayerIdx, ExpertId)>,
+}
+
+/// Memory for experts.
+#[derive(Debug, Clone, Copy)]
+pub struct Budget {
+    /// Bytes that one resident expert takes.
+    pub expert_bytes: u64,
+    /// Bytes that experts may take; 0 for no limit.
+    pub bytes: u64,
+}
+
+/// How one pass over a plan ended.
+#[derive(Debug, PartialEq, Eq)]
+enum Pass {
+    /// Everything is here.
+    Done,
+    /// Something must wait for memory that is being freed.
+    Full,
+    /// Some experts could not be loaded.
+    Failed,
+    /// A newer plan, or the end.
+    Interrupted,
+}
+
+impl Budget {
+    /// How many more experts fit beside `bytes`.
+    fn room(self, bytes: u64) -> usize {
+        match self.bytes {
+            0 => usize::MAX,
+            budget => usize::try_from(budget.saturating_sub(bytes) / self.expert_bytes.max(1)).unwrap_or(usize::MAX),
+        }
+    }
+}
+
+impl<W: Weights> Reconciler<W> {
+    pub fn new(
+        weights: W,
+        resident: Arc<Resident>,
+        registration: Arc<Registration>,
+        metrics: Metrics,
+        budget: Budget,
+    ) -> Self {
+        let assigned = (PlanVersion::NONE, Residency::new());
+        Self { weights, resident, registration, metrics, budget, assigned, retiring: VecDeque::new() }
+    }
+
+    /// Follows the plan until `stop`. The experts stay where they are then.
+    pub async fn run(mut self, mut view: watch::Receiver<Arc<ClusterState>>, stop: CancellationToken) {
+        let mut retry = RETRY.0;
+        while !stop.is_cancelled() {
+            let state = view.borrow_and_update().clone();
+            let pass = match &state.plan {
+                Some(plan) => self.follow(plan, &state, &view, &stop).await,
+                None => Pass::Done,
+            };
+            let again = match pass {
+                Pass::Interrupted => continue,
+                Pass::Failed => {
+                    let pause = retry;
+                    retry = (pause * 2).min(RETRY.1);
+                    Some(Instant::now() + pause)
+                }
+                Pass::Done | Pass::Full => {
+                    retry = RETRY.0;
+                    None
+                }
+            };
+            // Loading may have taken long; letting go needs the newest picture, and the plan that was followed.
+            let newest = view.borrow().clone();
+            match &newest.plan {
+                Some(plan) if plan.version == self.assigned.0 => self.let_go(plan, &newest).await,
+                Some(_) => continue,
+                None => {}
+            }
+            let next = self.retiring.front().map(|(at, ..)| *at);
+            let wake = again.into_iter().chain(next).min();
+            tokio::select! {
+                changed = view.changed() => if changed.is_err() { break },
+                () = sleep_until(wake) => {}
+                () = stop.cancelled() => break,
+            }
+        }
+        self.weights.close().await;
+    }
+
+    /// Loads what `plan` gives this worker and it lacks.
+    async fn follow(
+        &mut self,
+        plan: &Plan,
+        state: &ClusterState,
+        view: &watch::Receiver<Arc<ClusterState>>,
+        stop: &CancellationToken,
+    ) -> Pass {
+        if self.assigned.0 != plan.version {
+            let id = self.registration.record().id;
+            self.assigned = (plan.version, plan.assigned_to(&id));
+        }
+        self.revive();
+        let here = self.resident.snapshot();
+        let lacking = reconcile::lacking(&self.assigned.1, &here.experts, state, self.budget.room(here.bytes));
+        let (started, total) = (Instant::now(), lacking.load.len());
+        // The first expert is published at once: it makes this worker a serving one.
+        let mut publish_at = if here.count == 0 { started } else { started + PUBLISH_EVERY };
+        let mut failed = 0;
+        for (layer, expert) in lacking.load {
+            let newer = view.borrow().plan.as_ref().is_some_and(|newest| newest.version != plan.version);
+            if newer || stop.is_cancelled() {
+                self.publish();
+                return Pass::Interrupted;
+            }
+            let now = view.borrow().clone();
+            if let Err(error) = self.bring(layer, expert, &now).await {
+                failed += 1;
+                self.metrics.load_failures.inc();
+                tracing::error!(%layer, %expert, %error, "an expert could not be loaded");
+            } else if Instant::now() >= publish_at {
+                self.publish();
+                publish_at = Instant::now() + PUBLISH_EVERY;
+            }
+        }
+        self.publish();
+        if failed > 0 {
+            return Pass::Failed;
+        }
+        if lacking.too_many > 0 {
+            if self.retiring.is_empty() {
+                let (experts, budget) = (lacking.too_many, self.budget.bytes);
+                tracing::error!(plan = %plan.version, experts, budget, "the plan gives more experts than memory allows");
+            }
+            return Pass::Full;
+        }
+        if self.registration.acted_on(plan.version) {
+            let (resident, seconds) = (self.resident.snapshot().count, started.elapsed().as_secs_f64());
+            tracing::info!(plan = %plan.version, loaded = total, resident, seconds, "experts follow the plan");
+        }
+        Pass::Done
+    }
+
+    /// One expert: mapped, then on the tensor thread, then said to be here.
+    async fn bring(&self, layer: LayerIdx, id: ExpertId, state: &ClusterState) -> Result<(), Error> {
+        let (started, batches) = (Instant::now(), self.weights.batches());
+        self.weights.bring(layer, id).await?;
+        self.resident.insert(layer, id, self.budget.expert_bytes);
+        let took = started.elapsed();
+        self.metrics.load_seconds.observe(took.as_secs_f64());
+        if self.registration.record().speed == 0.0 {
+            match self.weights.measure(layer, id).await {
+                Ok(speed) => self.registration.is_as_fast_as(speed),
+                Err(error) => tracing::warn!(%error, "an expert could not be measured"),
+            }
+        }
+        // Streams may be waiting for an expert that nobody else has: then there is nothing to be gentle with.
+        let wanted_now = !reconcile::is_served(state, layer, id);
+        if self.weights.batches() > batches && !wanted_now {
+            tokio::time::sleep((took * REST.0).min(REST.1)).await;
+        }
+        Ok(())
+    }
+
+    /// What retires and is wanted again need not be loaded.
+    fn revive(&mut self) {
+        let assigned = &self.assigned.1;
+        let resident = &self.resident;
+        self.retiring
+            .retain(|(_, layer, expert)| !(assigned.contains(*layer, *expert) && resident.revive(*layer, *expert)));
+    }
+
+    /// Retires what may go, and drops what retired long enough ago.
+    async fn let_go(&mut self, plan: &Plan, state: &ClusterState) {
+        let now = Instant::now();
+        while let Some((_, layer, expert)) = self.retiring.pop_front_if(|(at, ..)| *at <= now) {
+            self.resident.forget(layer, expert, self.budget.expert_bytes);
+            if let Err(error) = self.weights.drop_expert(layer, expert).await {
+                tracing::error!(%layer, %expert, %error, "an expert could not be dropped");
+            }
+        }
+        // Without the store this picture may be old: whoever should have an expert may be gone by now.
+        if self.registration.is_registered() {
+            let here = self.resident.snapshot();
+            let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state);
+            for (layer, expert) in goes.iter() {
+                self.resident.retire(layer, expert);
+                self.retiring.push_back((now + RETIRE_GRACE, layer, expert));
+            }
+            if !goes.is_empty() {
+                tracing::info!(plan = %plan.version, experts = goes.len(), "experts moved away");
+            }
+        }
+        self.publish();
+    }
+
+    fn publish(&self) {
+        let snapshot = self.resident.snapshot();
+        self.metrics.resident_experts.set(i64::try_from(snapshot.count).unwrap_or(i64::MAX));
+        self.metrics.resident_bytes.set(snapshot.bytes);
+        self.registration.hold(&snapshot.experts);
+    }
+}
+
+async fn sleep_until(wake: Option<Instant>) {
+    match wake {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}

@@ -1,0 +1,417 @@
+//! One layer's round of asking: parts leave, and what a worker did not compute, or is late with, is asked of another.
+//!
+//! In: assignments and who can be asked. Out: every row's sum, or why not by the deadline.
+//! Never here: an answer without all its parts, one part counted twice, a worker asked again without a pause.
+//!
+//! A part that is *late* (by what answers of its size usually take, see `workers/pace.rs`) is *hedged*: asked of other
+//! holders too, within a budget. The first whole answer counts; both are the same, because expert calls are pure. As long
+//! as its answer is overdue a worker is avoided, so that one that hangs costs a single wait and not one per layer.
+
+use std::time::Duration;
+
+use conclave_model::{gate::Routing, wire};
+use conclave_placement::ids::WorkerId;
+use futures::{StreamExt, stream::FuturesUnordered};
+use tokio::time::{Instant, sleep_until};
+use tracing::debug;
+
+use super::{
+    combine,
+    exchange::{Error, Exchange, Hedging, Mode},
+    plan::{self, Assignment, Part, Standing},
+};
+use crate::workers::{Dispatch, Reach, Refusal, Reply, Snapshot};
+
+/// How long a worker that said BUSY is passed over: at least, and at most, whatever it asked for.
+const BUSY_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// How long a worker that failed or refused is passed over, its stream apart: that has a backoff of its own.
+const FAILED_PAUSE: Duration = Duration::from_millis(250);
+
+/// Everything one layer's exchange has in hand.
+pub(super) struct Round<'a> {
+    exchange: &'a Exchange,
+    layer: u32,
+    rows: &'a [f32],
+    routing: &'a Routing,
+    deadline: Instant,
+    /// Assignments that are neither back nor on their way.
+    todo: Vec<Assignment>,
+    /// Parts that were sent, in the order they were.
+    jobs: Vec<Job>,
+    /// Of them, those that are not back.
+    open: usize,
+    /// Workers that did not compute what they were sent, and until when they are passed over.
+    passed_over: Vec<(WorkerId, Instant)>,
+    last_failure: Option<String>,
+    invalid: Option<String>,
+    /// Rows by slot, or complete parts, as they come back.
+    slots: Vec<f32>,
+    partials: Vec<(Vec<u32>, u32, Vec<f32>)>,
+}
+
+/// A part that was sent.
+struct Job {
+    part: Part,
+    worker: WorkerId,
+    /// When it is to be hedged, if it may still be.
+    late_at: Option<Instant>,
+    /// Whether the worker it was sent to may still answer.
+    asked: bool,
+    hedge: Hedge,
+    done: bool,
+}
+
+/// The same assignments, sent to others.
+enum Hedge {
+    Never,
+    /// So many parts are not back; those are.
+    Out(usize, Vec<(Part, Vec<f32>)>),
+    Failed,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lane {
+    First,
+    Hedge,
+}
+
+/// One part about to leave; borrows nothing of the round.
+struct Flight {
+    job: usize,
+    lane: Lane,
+    part: Part,
+    to: Reach,
+    dispatch: Dispatch,
+    late_at: Option<Instant>,
+    patience: Duration,
+    deadline: Instant,
+}
+
+impl Flight {
+    async fn reply(self) -> Sent {
+        let reply = self.to.link.call(&self.dispatch, self.late_at, self.patience, self.deadline).await;
+        Sent { job: self.job, lane: self.lane, part: self.part, worker: self.to.id, reply }
+    }
+}
+
+/// What became of a part, with what is needed to plan it again.
+struct Sent {
+    job: usize,
+    lane: Lane,
+    part: Part,
+    worker: WorkerId,
+    reply: Reply,
+}
+
+impl<'a> Round<'a> {
+    pub(super) fn new(
+        exchange: &'a Exchange,
+        layer: u32,
+        rows: &'a [f32],
+        routing: &'a Routing,
+        deadline: Instant,
+        todo: Vec<Assignment>,
+    ) -> Self {
+        let slots = match exchange.mode {
+            Mode::PerAssignment => vec![0.0; routing.expert_ids.len() * exchange.hidden],
+            Mode::PartialSum => Vec::new(),
+        };
+        Self {
+            exchange,
+            layer,
+            rows,
+            routing,
+            deadline,
+            todo,
+            jobs: Vec::new(),
+            open: 0,
+            passed_over: Vec::new(),
+            last_failure: None,
+            invalid: None,
+            slots,
+            partials: Vec::new(),
+        }
+    }
+
+    pub(super) async fn run(mut self) -> Result<Vec<f32>, Error> {
+        let mut snapshots = self.exchange.workers.watch();
+        let mut flying = FuturesUnordered::new();
+        loop {
+            let snapshot = snapshots.borrow_and_update().clone();
+            for part in self.plan(&snapshot) {
+                flying.push(self.begin(&snapshot, part).reply());
+            }
+            flying.extend(self.hedge(&snapshot).into_iter().map(Flight::reply));
+            if self.todo.is_empty() && self.open == 0 {
+                return Ok(self.sum());
+            }
+            let (waits, wake) = (!self.todo.is_empty(), self.wake());
+            tokio::select! {
+                Some(sent) = flying.next() => {
+                    self.receive(sent);
+                    if let Some(message) = self.invalid.take() {
+                        return Err(Error::Invalid { layer: self.layer, message });
+                    }
+                }
+                // The pool lives as long as this handle; were it gone, the deadline would end the wait.
+                Ok(()) = snapshots.changed(), if waits => {}
+                () = sleep_until(wake.unwrap_or(self.deadline)), if wake.is_some() => {}
+                () = sleep_until(self.deadline) => return Err(self.late()),
+            }
+        }
+    }
+
+    /// When to look again without any news: a worker need no longer be passed over, or a part is late.
+    fn wake(&self) -> Option<Instant> {
+        let waits = !self.todo.is_empty();
+        let again = self.passed_over.iter().filter(|_| waits).map(|(_, until)| *until);
+        again.chain(self.jobs.iter().filter(|job| !job.done).filter_map(|job| job.late_at)).min()
+    }
+
+    /// Parts for all that is to do, or none while an expert has no holder that may be asked now.
+    fn plan(&mut self, snapshot: &Snapshot) -> Vec<Part> {
+        if self.todo.is_empty() {
+            return Vec::new();
+        }
+        let now = Instant::now();
+        self.passed_over.retain(|(_, until)| *until > now);
+        let standing = |worker: u32| {
+            let reach = &snapshot.workers[worker as usize];
+            match self.is_passed_over(reach) {
+                true => Standing::Excluded,
+                false if reach.link.is_overdue(now) => Standing::Avoided,
+                false => Standing::Ready,
+            }
+        };
+        match self.plan_by(snapshot, &self.todo, standing) {
+            Ok(parts) => {
+                self.todo.clear();
+                self.exchange.stall.clear();
+                parts
+            }
+            Err(plan::NoHolder { expert }) => {
+                let absent = if snapshot.workers.is_empty() {
+                    "no expert worker can be reached".to_owned()
+                } else {
+                    format!("expert {expert} of layer {} has no holder", self.layer)
+                };
+                self.exchange.stall.set(match &self.last_failure {
+                    Some(failure) if !self.passed_over.is_empty() => failure.clone(),
+                    Some(failure) => format!("{absent} ({failure})"),
+                    None => absent,
+                });
+                Vec::new()
+            }
+        }
+    }
+
+    fn plan_by(
+        &self,
+        snapshot: &Snapshot,
+        assignments: &[Assignment],
+        standing: impl Fn(u32) -> Standing,
+    ) -> Result<Vec<Part>, plan::NoHolder> {
+        let holders = |expert| snapshot.holders(self.layer, expert);
+        let speed = |worker: u32| snapshot.workers[worker as usize].speed;
+        plan::plan(assignments, holders, standing, speed, self.exchange.most())
+    }
+
+    fn is_passed_over(&self, reach: &Reach) -> bool {
+        self.passed_over.iter().any(|(worker, _)| *worker == reach.id)
+    }
+
+    /// Sends a part for the first time.
+    fn begin(&mut self, snapshot: &Snapshot, part: Part) -> Flight {
+        let hedging = self.exchange.hedging.as_ref().inspect(|hedging| hedging.sent());
+        let flight = self.send(snapshot, part, self.jobs.len(), Lane::First);
+        let job = Job {
+            worker: flight.to.id.clone(),
+            part: flight.part.clone(),
+            late_at: flight.late_at.filter(|_| hedging.is_some()),
+            asked: true,
+            hedge: Hedge::Never,
+            done: false,
+        };
+        self.jobs.push(job);
+        self.open += 1;
+        flight
+    }
+
+    /// What is late and can be asked of others, once each.
+    fn hedge(&mut self, snapshot: &Snapshot) -> Vec<Flight> {
+        let now = Instant::now();
+        let mut sent = Vec::new();
+        for index in 0..self.jobs.len() {
+            let job = &self.jobs[index];
+            if job.done || !job.late_at.is_some_and(|late_at| late_at <= now) {
+                continue;
+            }
+            let standing = |worker: u32| {
+                let reach = &snapshot.workers[worker as usize];
+                match reach.id == job.worker || self.is_passed_over(reach) || reach.link.is_overdue(now) {
+                    true => Standing::Excluded,
+                    false => Standing::Ready,
+                }
+            };
+            let parts = self.plan_by(snapshot, &job.part.assignments, standing).ok();
+            let may = |_: &Vec<Part>| self.exchange.hedging.as_ref().is_some_and(Hedging::may);
+            let Some(parts) = parts.filter(may) else {
+                // There may be another holder later, or a budget.
+                self.jobs[index].late_at = Some(now + FAILED_PAUSE);
+                continue;
+            };
+            self.jobs[index].late_at = None;
+            debug!(layer = self.layer, worker = %self.jobs[index].worker, "a batch is late, asking others too");
+            self.exchange.workers.counters().hedged();
+            self.jobs[index].hedge = Hedge::Out(parts.len(), Vec::new());
+            sent.extend(parts.into_iter().map(|part| self.send(snapshot, part, index, Lane::Hedge)));
+        }
+        sent
+    }
+
+    fn send(&self, snapshot: &Snapshot, part: Part, job: usize, lane: Lane) -> Flight {
+        let late_after = self.exchange.workers.pace().late_after(part.assignments.len());
+        Flight {
+            job,
+            lane,
+            to: snapshot.workers[part.worker as usize].clone(),
+            dispatch: self.dispatch(snapshot, &part),
+            part,
+            late_at: late_after.map(|after| Instant::now() + after),
+            patience: self.exchange.patience,
+            deadline: self.deadline,
+        }
+    }
+
+    fn dispatch(&self, snapshot: &Snapshot, part: &Part) -> Dispatch {
+        let hidden = self.exchange.hidden;
+        let mut gathered = Vec::with_capacity(part.rows.len() * hidden);
+        for &row in &part.rows {
+            let start = row as usize * hidden;
+            gathered.extend_from_slice(&self.rows[start..start + hidden]);
+        }
+        let (values, scales) = wire::encode(&gathered, hidden, self.exchange.encoding);
+        let weight = |assignment: &Assignment| self.routing.weights[assignment.slot as usize];
+        Dispatch {
+            layer: self.layer,
+            plan_version: snapshot.plan_version.0,
+            encoding: self.exchange.encoding,
+            rows: part.rows.len(),
+            hidden: values,
+            scales,
+            expert_ids: part.assignments.iter().map(|assignment| assignment.expert).collect(),
+            row_ids: part.row_ids.clone(),
+            weights: match self.exchange.mode {
+                Mode::PerAssignment => None,
+                Mode::PartialSum => Some(part.assignments.iter().map(weight).collect()),
+            },
+        }
+    }
+
+    /// Keeps what is back; puts what is not on the list again.
+    fn receive(&mut self, Sent { job, lane, part, worker, reply }: Sent) {
+        let (failure, pause) = match reply {
+            Reply::Rows(rows) => return self.returned(job, lane, part, rows),
+            Reply::Refused(Refusal::Invalid(message)) => {
+                self.invalid = Some(format!("worker {worker}: {message}"));
+                return;
+            }
+            Reply::Refused(refusal) => {
+                let pause = match &refusal {
+                    Refusal::Busy(after) => (*after).clamp(BUSY_PAUSE.0, BUSY_PAUSE.1),
+                    _ => FAILED_PAUSE,
+                };
+                (format!("worker {worker} refused: {refusal}"), pause)
+            }
+            Reply::Lost(failure) => (failure, FAILED_PAUSE),
+        };
+        // Another holder is asked at once, and where there is none this one is asked again after the pause.
+        self.passed_over.push((worker, Instant::now() + pause));
+        self.failed(job, lane, failure);
+    }
+
+    fn returned(&mut self, index: usize, lane: Lane, part: Part, rows: Vec<f32>) {
+        let job = &mut self.jobs[index];
+        if job.done {
+            return;
+        }
+        let whole = match (lane, &mut job.hedge) {
+            (Lane::First, _) => vec![(part, rows)],
+            (Lane::Hedge, Hedge::Out(missing, back)) => {
+                *missing -= 1;
+                back.push((part, rows));
+                if *missing > 0 {
+                    return;
+                }
+                self.exchange.workers.counters().hedge_won();
+                std::mem::take(back)
+            }
+            (Lane::Hedge, Hedge::Never | Hedge::Failed) => return,
+        };
+        job.done = true;
+        self.open -= 1;
+        for (part, rows) in whole {
+            self.keep(part, rows);
+        }
+    }
+
+    fn keep(&mut self, part: Part, rows: Vec<f32>) {
+        let hidden = self.exchange.hidden;
+        match self.exchange.mode {
+            Mode::PerAssignment => {
+                for (assignment, row) in part.assignments.iter().zip(rows.chunks_exact(hidden)) {
+                    let start = assignment.slot as usize * hidden;
+                    self.slots[start..start + hidden].copy_from_slice(row);
+                }
+            }
+            Mode::PartialSum => {
+                let first = part.assignments.first().map_or(0, |assignment| assignment.slot);
+                self.partials.push((part.rows, first, rows));
+            }
+        }
+    }
+
+    /// Puts a part on the list again once nobody computes it any more.
+    fn failed(&mut self, index: usize, lane: Lane, failure: String) {
+        let job = &mut self.jobs[index];
+        if job.done {
+            return;
+        }
+        match lane {
+            Lane::First => (job.asked, job.late_at) = (false, None),
+            Lane::Hedge => job.hedge = Hedge::Failed,
+        }
+        debug!(layer = self.layer, rows = job.part.rows.len(), %failure, "rows were not computed");
+        self.last_failure = Some(failure);
+        if job.asked || matches!(job.hedge, Hedge::Out(..)) {
+            return;
+        }
+        job.done = true;
+        self.open -= 1;
+        self.todo.append(&mut job.part.assignments);
+        self.todo.sort_unstable_by_key(|assignment| assignment.slot);
+    }
+
+    fn sum(mut self) -> Vec<f32> {
+        let (hidden, routing) = (self.exchange.hidden, self.routing);
+        match self.exchange.mode {
+            Mode::PerAssignment => {
+                combine::per_assignment(&self.slots, &routing.weights, routing.experts_per_row, hidden)
+            }
+            Mode::PartialSum => {
+                let mut sums = vec![0.0; self.rows.len()];
+                // In an order that does not depend on who answered first.
+                self.partials.sort_unstable_by_key(|(_, first_slot, _)| *first_slot);
+                for (indices, _, rows) in &self.partials {
+                    combine::add_partial(&mut sums, indices, rows, hidden);
+                }
+                sums
+            }
+        }
+    }
+
+    fn late(&self) -> Error {
+        let waiting_for = self.exchange.stall.reason().unwrap_or_else(|| "answers from expert workers".to_owned());
+        Error::Deadline { layer: self.layer, waiting_for }
+    }
+}

@@ -39,9 +39,9 @@ enum Command {
     /// Measure a running cluster.
     #[command(subcommand)]
     Bench(Bench),
-    /// Look at what is placed where.
+    /// Look at what is placed where, plan it, move it.
     #[command(subcommand)]
-    Placement(Placement),
+    Placement(placement::Command),
     /// Look at a model folder.
     #[command(subcommand)]
     Checkpoint(Checkpoint),
@@ -50,11 +50,6 @@ enum Command {
 #[derive(Debug, Subcommand)]
 enum Bench {
     Serve(bench::Args),
-}
-
-#[derive(Debug, Subcommand)]
-enum Placement {
-    Show(placement::Args),
 }
 
 #[derive(Debug, Subcommand)]
@@ -81,7 +76,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(args).await,
         Command::Chat(args) => chat::run(args).await,
         Command::Bench(Bench::Serve(args)) => bench::serve(args).await,
-        Command::Placement(Placement::Show(args)) => placement::run(args).await,
+        Command::Placement(command) => placement::run(command).await,
         Command::Checkpoint(Checkpoint::Inspect(args)) => inspect::run(&args),
     }
 }
@@ -147,6 +142,11 @@ mod tests {
              --shared-prefix-len 1000 --temperature 1 --ignore-eos false --timeout 60 --warmup 1 --json",
             "conclave placement show --ready-file F --rows --json",
             "conclave placement show --store etcd=http://127.0.0.1:2379 --cluster c",
+            "conclave placement plan --ready-file F --replicas 2 --redundant-experts 4 --policy eplb --gain 0.1 --out P",
+            "conclave placement lint P --replicas 2 --cluster c",
+            "conclave placement apply P --author me --ready-file F",
+            "conclave placement history --version 3",
+            "conclave placement drain worker-3 --timeout 60",
             "conclave checkpoint inspect DIR --workers 4 --json",
         ] {
             let parsed = Cli::try_parse_from(line.split_whitespace());

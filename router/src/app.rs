@@ -39,11 +39,11 @@ use tracing::{info, warn};
 use crate::{
     api::{ApiState, Limits, ServedModel, Service},
     config::{Config, Hedge, Speculative},
-    control,
+    control::Controller,
     engine::{Drafter, Engine},
     kv_memory,
     load::{Reporter, SentRows},
-    metrics::{self, EngineCounters},
+    metrics::{self, EngineCounters, PlacementMetrics},
     moe::{Exchange, Hedging},
     registration::Registration,
     scheduler::{self, blocks::BlockPool},
@@ -143,6 +143,7 @@ struct Prepared {
     view: View,
     workers: Workers,
     sent: Arc<SentRows>,
+    placement: Arc<PlacementMetrics>,
     scheduler: scheduler::Handle,
     /// Tokens that one sequence may have.
     context_tokens: usize,
@@ -200,7 +201,9 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
         stop: end.clone(),
     };
     let engine = start_engine(config, checkpoint, plan).await?;
-    Ok(Prepared { model: Arc::new(model), store, keys, view, workers, sent, scheduler, context_tokens, engine, end })
+    let placement = PlacementMetrics::register(&probes.registry);
+    let model = Arc::new(model);
+    Ok(Prepared { model, store, keys, view, workers, sent, placement, scheduler, context_tokens, engine, end })
 }
 
 /// Reads all of the folder but the weights.
@@ -297,7 +300,8 @@ async fn serve(
     probes: Probes,
     prepared: Prepared,
 ) -> Result<Router, Error> {
-    let Prepared { model, store, keys, view, workers, sent, scheduler, context_tokens, engine, end } = prepared;
+    let Prepared { model, store, keys, view, workers, sent, placement, scheduler, context_tokens, engine, end } =
+        prepared;
     let listen = listener.local_addr;
     let id = match &config.id {
         Some(id) => id.clone(),
@@ -331,9 +335,10 @@ async fn serve(
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
     let times = (config.lease_ttl(), config.load_window());
     let reporter = Reporter::start(sent, (Arc::clone(&store), &keys), &id, times);
-    let controller = control::run(store, keys, config.policy(), view.subscribe(), election.is_leader(), end.clone());
+    let controller = Controller { store, keys, author: id.clone(), policy: config.policy(), metrics: placement };
+    let controlling = controller.run(view.subscribe(), election.is_leader(), end.clone());
     tokio::spawn(async move {
-        controller.await;
+        controlling.await;
         // The view lives as long as somebody follows it.
         drop(view);
     });

@@ -12,7 +12,11 @@ use conclave_placement::ids::{Cluster, RouterId};
 use conclave_runtime::{config, memory::Memory, telemetry::LogFormat};
 use serde::{Deserialize, Serialize};
 
-use crate::{control::Policy, moe::Mode, scheduler::policy::Limits};
+use crate::{
+    control::{Policy, Rebalancing},
+    moe::Mode,
+    scheduler::policy::Limits,
+};
 
 /// Serves a model: attention and the gate here, experts on the workers of the cluster.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -185,7 +189,16 @@ impl Config {
 
     /// What the controller plans by.
     pub fn policy(&self) -> Policy {
-        Policy { replicas: self.replicas, min_workers: self.min_workers }
+        Policy {
+            replicas: self.replicas,
+            redundant: self.redundant_experts,
+            min_workers: self.min_workers,
+            rebalance: Rebalancing {
+                period: Duration::from_secs(self.rebalance_period),
+                below: self.rebalance_below,
+                gain: self.rebalance_gain,
+            },
+        }
     }
 
     /// Of what the load is told.

@@ -14,9 +14,10 @@ use std::{
 use conclave_runtime::admin::Registry;
 use prometheus_client::{
     collector::Collector,
-    encoding::{DescriptorEncoder, EncodeMetric},
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
     metrics::{
         counter::{ConstCounter, Counter},
+        family::Family,
         gauge::Gauge,
     },
 };
@@ -57,6 +58,46 @@ impl Collector for Dispatches {
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
         }
         Ok(())
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Layer {
+    layer: u32,
+}
+
+/// What the controller sees and does, on the router that leads.
+#[derive(Debug, Default)]
+pub struct PlacementMetrics {
+    balancedness: Family<Layer, Gauge<f64, AtomicU64>>,
+    /// Plans that this router published.
+    pub(crate) published: Counter,
+}
+
+impl PlacementMetrics {
+    /// Makes them and registers them as `conclave_placement_*`.
+    pub(crate) fn register(registry: &Registry) -> Arc<Self> {
+        let all = Arc::new(Self::default());
+        let mut registry = registry.lock();
+        let registry = registry.sub_registry_with_prefix("placement");
+        registry.register(
+            "balancedness",
+            "Per layer, mean over maximum of the rows that workers have, by speed: on the router that leads, by its plan",
+            all.balancedness.clone(),
+        );
+        registry.register("plans", "Plans that this router published", all.published.clone());
+        Arc::clone(&all)
+    }
+
+    pub(crate) fn observe(&self, layers: impl Iterator<Item = (u32, f64)>) {
+        for (layer, ratio) in layers {
+            self.balancedness.get_or_create(&Layer { layer }).set(ratio);
+        }
+    }
+
+    /// This router leads no more, so another one tells.
+    pub(crate) fn forget(&self) {
+        self.balancedness.clear();
     }
 }
 

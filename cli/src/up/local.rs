@@ -287,6 +287,7 @@ impl Local {
         let keys = Keys::new(&self.cluster);
         if self.args.cluster.is_none() {
             self.store.delete_prefix(keys.prefix()).await?;
+            self.store.delete_prefix(keys.history()).await?;
             return Ok(());
         }
         for id in &self.expected.routers {

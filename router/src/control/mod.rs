@@ -2,117 +2,151 @@
 //!
 //! In: the cluster's state, and whether this router leads. Out: plans in the store, by compare-and-swap on their parent.
 //! Never here: the data path; a second opinion. A leader that lost its place loses the swap and does no harm.
+//!
+//! What is missing is placed at once. What could only be better placed is looked at from time to time, when a worker has
+//! joined, or when the load is uneven, and never while the last plan is still being carried out.
+
+mod policy;
 
 use std::{sync::Arc, time::Duration};
 
 use conclave_placement::{
     election::Term,
+    ids::RouterId,
     keys::Keys,
-    lint::{Rule, Severity, lint},
+    load::layer_balancedness,
     plan::Plan,
-    planner::{self, Problem, balanced},
+    planner,
+    publication::{self, publish},
     state::ClusterState,
-    store::{CasOutcome, Expected, Store},
+    store::Store,
 };
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
+
+pub use policy::{Policy, Rebalancing};
+
+pub use crate::metrics::PlacementMetrics;
+use policy::Urge;
 
 /// After a failed write, before the next.
 const RETRY: Duration = Duration::from_millis(500);
+/// Looks for a better plan are at least this far apart, whatever the reason.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// Where the load is uneven, experts may move so many times sooner than after a whole period.
+const SOONER: u32 = 6;
 
-/// How plans are made here.
-#[derive(Clone, Copy, Debug)]
-pub struct Policy {
-    /// Workers that should hold each expert.
-    pub replicas: u32,
-    /// The first plan waits for this many workers, so that it need not be made again as each joins.
-    pub min_workers: usize,
+/// The controller of one router.
+#[derive(Debug)]
+pub struct Controller {
+    /// Where plans go.
+    pub store: Arc<dyn Store>,
+    /// Under which keys.
+    pub keys: Keys,
+    /// Who signs them.
+    pub author: RouterId,
+    /// How they are made.
+    pub policy: Policy,
+    /// What is told of them.
+    pub metrics: Arc<PlacementMetrics>,
 }
 
-/// Plans whenever this router leads and the cluster changes, until `stop`.
-pub async fn run(
-    store: Arc<dyn Store>,
-    keys: Keys,
-    policy: Policy,
-    mut cluster: watch::Receiver<Arc<ClusterState>>,
-    mut leads: watch::Receiver<Option<Term>>,
-    stop: CancellationToken,
-) {
-    loop {
-        let state = cluster.borrow_and_update().clone();
-        let settled = leads.borrow_and_update().is_none() || reconcile(&*store, &keys, policy, &state).await;
-        tokio::select! {
-            changed = cluster.changed() => if changed.is_err() { return },
-            changed = leads.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(RETRY), if !settled => {}
-            () = stop.cancelled() => return,
-        }
-    }
+/// When a better plan was looked for.
+struct Looks {
+    last: Instant,
+    /// The last one was found, and may be one of several.
+    found: bool,
 }
 
-/// Publishes the next plan if one is due. False where it should be tried again without waiting for a change.
-async fn reconcile(store: &dyn Store, keys: &Keys, policy: Policy, state: &ClusterState) -> bool {
-    let plan = match due(policy, state) {
-        Ok(Some(plan)) => plan,
-        Ok(None) => return true,
-        Err(error) => {
-            debug!(%error, "no plan");
-            return true;
-        }
-    };
-    match publish(store, keys, state, &plan).await {
-        Ok(true) => {
-            info!(version = plan.version.0, policy = %plan.policy, reason = %plan.reason, "plan published");
-            true
-        }
-        Ok(false) => {
-            info!(version = plan.version.0, "another plan came first");
-            true
-        }
-        Err(error) => {
-            warn!(%error, "plan could not be written");
-            false
+impl Controller {
+    /// Plans whenever this router leads and the cluster changes, until `stop`.
+    pub async fn run(
+        self,
+        mut cluster: watch::Receiver<Arc<ClusterState>>,
+        mut leads: watch::Receiver<Option<Term>>,
+        stop: CancellationToken,
+    ) {
+        let mut looks = Looks { last: Instant::now(), found: false };
+        loop {
+            let state = cluster.borrow_and_update().clone();
+            let leading = leads.borrow_and_update().is_some();
+            let wake = match leading {
+                true => self.reconcile(&state, &mut looks).await,
+                false => None,
+            };
+            if !leading {
+                self.metrics.forget();
+            }
+            tokio::select! {
+                changed = cluster.changed() => if changed.is_err() { return },
+                changed = leads.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
+                () = stop.cancelled() => return,
+            }
         }
     }
-}
 
-/// The plan that should follow the present one, if any. Pure.
-fn due(policy: Policy, state: &ClusterState) -> Result<Option<Plan>, planner::Error> {
-    let Some(model) = &state.model else { return Ok(None) };
-    let workers = planner::candidates(state);
-    if state.plan.is_none() && workers.len() < policy.min_workers {
-        return Ok(None);
+    /// Publishes the next plan if one is due. Says when to look again though nothing has changed.
+    async fn reconcile(&self, state: &Arc<ClusterState>, looks: &mut Looks) -> Option<Instant> {
+        if let (Some(plan), Some(load)) = (&state.plan, policy::known_load(state)) {
+            let balance = layer_balancedness(plan, &load, &planner::candidates(state));
+            self.metrics.observe(balance.into_iter().map(|(layer, ratio)| (layer.0, ratio)));
+        }
+        if let Some(plan) = self.next(state, false).await {
+            return self.put(&plan).await;
+        }
+        let period = self.policy.rebalance.period;
+        if period.is_zero() {
+            return None;
+        }
+        let wait = match self.policy.urge(state) {
+            Urge::Unsettled => return None,
+            Urge::None if !looks.found => period,
+            Urge::Uneven if !looks.found => period / SOONER,
+            Urge::None | Urge::Uneven | Urge::Newcomer => LOOK_EVERY,
+        };
+        let due = looks.last + wait;
+        if due > Instant::now() {
+            return Some(due);
+        }
+        let better = self.next(state, true).await;
+        *looks = Looks { last: Instant::now(), found: better.is_some() };
+        match better {
+            Some(plan) => self.put(&plan).await,
+            None => Some(looks.last + period),
+        }
     }
-    let problem = Problem { model, workers: &workers, replicas: policy.replicas };
-    let Some(plan) = balanced::plan(&problem, state.plan.as_deref())? else { return Ok(None) };
-    let notes = lint(&plan, &problem);
-    for note in notes.iter().filter(|note| note.severity >= Severity::Warning) {
-        warn!(version = plan.version.0, %note, "plan");
-    }
-    // A plan with a mistake in it is worse than none; one that cannot place everything is still the best there is.
-    let mistaken = |rule: &Rule| !matches!(rule, Rule::Unplaced { .. });
-    let mistake = notes.iter().any(|note| note.severity == Severity::Error && mistaken(&note.rule));
-    Ok((!mistake).then_some(plan))
-}
 
-/// Writes `plan` if its parent is what is there now. False where it is not.
-async fn publish(
-    store: &dyn Store,
-    keys: &Keys,
-    state: &ClusterState,
-    plan: &Plan,
-) -> Result<bool, conclave_placement::store::Error> {
-    let key = keys.plan();
-    let current = store.get(&key).await?;
-    let expected = match (&current, &state.plan) {
-        (None, None) => Expected::Absent,
-        (Some(entry), Some(parent)) => match Plan::decode(&entry.value) {
-            Ok(there) if there.version == parent.version => Expected::ModRevision(entry.mod_revision),
-            _ => return Ok(false),
-        },
-        _ => return Ok(false),
-    };
-    let outcome = store.compare_and_put(&key, expected, plan.encode(), None).await?;
-    Ok(matches!(outcome, CasOutcome::Stored { .. }))
+    /// The plan that is due, made where it may take its time.
+    async fn next(&self, state: &Arc<ClusterState>, may_move: bool) -> Option<Plan> {
+        let (policy, state) = (self.policy, Arc::clone(state));
+        match tokio::task::spawn_blocking(move || policy.due(&state, may_move)).await {
+            Ok(Ok(plan)) => plan,
+            Ok(Err(error)) => {
+                debug!(%error, "no plan");
+                None
+            }
+            Err(error) => {
+                error!(%error, "the planner panicked");
+                None
+            }
+        }
+    }
+
+    /// Writes a plan; says when to try again where the store would not have it.
+    async fn put(&self, plan: &Plan) -> Option<Instant> {
+        match publish(&*self.store, &self.keys, plan, self.author.as_str()).await {
+            Ok(()) => {
+                self.metrics.published.inc();
+                info!(version = plan.version.0, policy = %plan.policy, reason = %plan.reason, "plan published");
+            }
+            Err(superseded @ publication::Error::Superseded { .. }) => info!(%superseded, "another plan came first"),
+            Err(error) => {
+                warn!(%error, "plan could not be written");
+                return Some(Instant::now() + RETRY);
+            }
+        }
+        None
+    }
 }

@@ -1,30 +1,25 @@
-//! `conclave placement show`: a store comes in, who holds what in one of its clusters goes out, as tables or JSON. With
-//! `--rows` each worker is asked what it computed. Nothing is changed, neither in the store nor in a worker.
+//! `conclave placement show`: who holds what in a cluster, as tables or JSON. With `--rows` each worker is asked what it
+//! computed. Nothing is changed, neither in the store nor in a worker.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, bail};
-use conclave_placement::view::View;
-use conclave_placement::{Cluster, ClusterState, ExpertId, Keys, LayerIdx, Store, WorkerRecord, WorkerState, store};
+use anyhow::bail;
+use conclave_placement::{Cluster, ClusterState, ExpertId, LayerIdx, WorkerRecord, WorkerState};
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
 use conclave_runtime::channel;
 use futures::future;
 use serde::Serialize;
-use tokio_util::sync::CancellationToken;
 
+use super::place::{Found, Where};
 use crate::client;
 use crate::terminal::{self, Output};
-use crate::up::ready::{Ready, reachable};
+use crate::up::ready::reachable;
 
+/// How long a worker may take to say what it computed.
 const TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Every cluster's keys lie under it.
-const ROOT: &str = "/conclave/";
 
 /// Who holds what.
 #[derive(Debug, clap::Args)]
@@ -33,15 +28,8 @@ const ROOT: &str = "/conclave/";
   conclave placement show --ready-file /tmp/ready.json --rows
   conclave placement show --store etcd=http://127.0.0.1:2379 --cluster production --json")]
 pub(crate) struct Args {
-    /// The store; without it CONCLAVE_STORE, else etcd=http://127.0.0.1:2379.
-    #[arg(long, value_name = "etcd=URL")]
-    store: Option<String>,
-    /// The cluster; without it CONCLAVE_CLUSTER, else the only one in the store.
-    #[arg(long, value_name = "NAME")]
-    cluster: Option<Cluster>,
-    /// Take the store and the cluster from what `conclave up --ready-file` wrote.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["store", "cluster"])]
-    ready_file: Option<PathBuf>,
+    #[command(flatten)]
+    place: Where,
     /// Ask each worker how many rows it has computed.
     #[arg(long)]
     rows: bool,
@@ -50,22 +38,10 @@ pub(crate) struct Args {
     json: bool,
 }
 
-pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
-    let ready = args.ready_file.as_deref().map(Ready::read).transpose()?;
-    let (spec, named) = match &ready {
-        Some(ready) => (ready.store.clone(), None),
-        None => from_flags_or_environment(&args)?,
-    };
-    let store = store::connect(&spec)?;
-    let look = async {
-        let (cluster, state) = find(&store, named, ready.as_ref()).await?;
-        let rows = if args.rows { ask_all(&state).await } else { BTreeMap::new() };
-        anyhow::Ok(Report::of(&cluster, &state, &rows))
-    };
-    let report = match tokio::time::timeout(4 * TIMEOUT, look).await {
-        Ok(report) => report.with_context(|| format!("cannot tell what {spec} holds"))?,
-        Err(_) => bail!("the store {spec} does not answer"),
-    };
+pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
+    let Found { cluster, state, .. } = args.place.find().await?;
+    let rows = if args.rows { ask_all(&state).await } else { BTreeMap::new() };
+    let report = Report::of(&cluster, &state, &rows);
     let mut output = Output::stdout();
     if args.json {
         output.line(&serde_json::to_string_pretty(&report)?)?;
@@ -73,66 +49,6 @@ pub(crate) async fn run(args: Args) -> anyhow::Result<ExitCode> {
         output.text(&report.text(args.rows))?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The store's spec and the cluster, as servers would understand the same environment. It is read here, not by clap, for
-/// which a variable would contradict `--ready-file` as the flag does.
-fn from_flags_or_environment(args: &Args) -> anyhow::Result<(String, Option<Cluster>)> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    let store = args.store.clone().or_else(|| variable("CONCLAVE_STORE"));
-    let cluster = match (&args.cluster, variable("CONCLAVE_CLUSTER")) {
-        (Some(cluster), _) => Some(cluster.clone()),
-        (None, Some(name)) => Some(Cluster::parse(&name)?),
-        (None, None) => None,
-    };
-    Ok((store.unwrap_or_else(|| "etcd=http://127.0.0.1:2379".to_owned()), cluster))
-}
-
-/// The cluster that was named, or the one whose router the ready file names, or the only one there is.
-async fn find(
-    store: &Arc<dyn Store>,
-    named: Option<Cluster>,
-    ready: Option<&Ready>,
-) -> anyhow::Result<(Cluster, ClusterState)> {
-    let candidates = match named {
-        Some(cluster) => vec![cluster],
-        None => {
-            let listing = store.list(ROOT).await?;
-            clusters(listing.entries.iter().map(|entry| entry.key.as_str()))
-        }
-    };
-    let mut found = Vec::new();
-    for cluster in candidates {
-        let state = look(store, &cluster).await?;
-        if ready.is_none_or(|ready| serves_at(&state, &ready.inference)) {
-            found.push((cluster, state));
-        }
-    }
-    if found.len() > 1 {
-        let names: Vec<&str> = found.iter().map(|(cluster, _)| cluster.as_str()).collect();
-        bail!("the store holds several clusters, choose one with --cluster: {}", names.join(", "));
-    }
-    found.pop().context("there is no cluster in this store")
-}
-
-async fn look(store: &Arc<dyn Store>, cluster: &Cluster) -> anyhow::Result<ClusterState> {
-    // A view would wait for a store that is away; a person wants to hear why.
-    store.get(&Keys::new(cluster).model()).await?;
-    let token = CancellationToken::new();
-    let _ended = token.clone().drop_guard();
-    let view = View::start(Arc::clone(store), Keys::new(cluster), token).await?;
-    Ok(ClusterState::clone(&view.current()))
-}
-
-fn serves_at(state: &ClusterState, inference: &str) -> bool {
-    state.routers.values().any(|router| reachable(&router.inference_address) == inference)
-}
-
-/// The names in keys like `/conclave/<name>/…`, each once.
-fn clusters<'a>(keys: impl Iterator<Item = &'a str>) -> Vec<Cluster> {
-    let names = keys.filter_map(|key| key.strip_prefix(ROOT)?.split_once('/'));
-    let names: BTreeSet<&str> = names.map(|(name, _)| name).collect();
-    names.into_iter().filter_map(|name| Cluster::parse(name).ok()).collect()
 }
 
 /// What each worker says it computed, by id: rows, or why it did not say.
@@ -372,4 +288,5 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 }
 
 #[cfg(test)]
+#[path = "show_tests.rs"]
 mod tests;

@@ -10,7 +10,7 @@ use conclave_placement::{
     keys::Keys,
     lint::{Rule, Severity, lint},
     plan::Plan,
-    planner::{self, Problem, balanced},
+    planner::{self, Problem, Rebalance, balanced},
     state::ClusterState,
     store::{CasOutcome, Expected, Store},
 };
@@ -84,9 +84,11 @@ fn due(policy: Policy, state: &ClusterState) -> Result<Option<Plan>, planner::Er
     if state.plan.is_none() && workers.len() < policy.min_workers {
         return Ok(None);
     }
-    let problem = Problem { model, workers: &workers, replicas: policy.replicas };
-    let Some(plan) = balanced::plan(&problem, state.plan.as_deref())? else { return Ok(None) };
-    let notes = lint(&plan, &problem);
+    let (replicas, rebalance) = (policy.replicas, Rebalance::No);
+    let problem = Problem { model, workers: &workers, replicas, redundant: 0, load: None, rebalance };
+    let previous = state.plan.as_deref();
+    let Some(plan) = balanced::plan(&problem, previous)? else { return Ok(None) };
+    let notes = lint(&plan, &problem, previous);
     for note in notes.iter().filter(|note| note.severity >= Severity::Warning) {
         warn!(version = plan.version.0, %note, "plan");
     }

@@ -1,14 +1,16 @@
 //! What is wrong, or merely odd, with a plan.
 //!
-//! In: a plan and the problem it should solve. Out: notes, each a rule with a sentence. Never here: a repair. The same
-//! rules are the planners' post-conditions, in tests and in debug builds.
+//! In: a plan, the problem it should solve, and the plan before it. Out: notes, each a rule with a sentence. Never here: a
+//! repair. The same rules are the planners' post-conditions, in tests and in debug builds.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use crate::ids::{ExpertId, LayerIdx, PlanVersion, WorkerId};
 use crate::plan::Plan;
-use crate::planner::Problem;
+use crate::planner::fate::{Fates, Spread};
+use crate::planner::{Problem, relative_speeds};
+use crate::state::Residency;
 
 /// The most notes one call returns: a plan that breaks more rules than this is broken anyhow.
 pub const MAX_NOTES: usize = 1000;
@@ -44,6 +46,8 @@ impl fmt::Display for Note {
 pub enum Rule {
     /// A plan must come after its parent.
     Parent { version: PlanVersion, parent: PlanVersion },
+    /// A plan must be made from the one before it, or it undoes what another leader did.
+    Orphan { parent: PlanVersion, previous: PlanVersion },
     /// A layer with routed experts that the plan does not mention.
     MissingLayer { layer: LayerIdx },
     /// A layer that has no routed experts in this model.
@@ -54,22 +58,38 @@ pub enum Rule {
     Unplaced { layer: LayerIdx, expert: ExpertId },
     /// Fewer holders than wanted though a worker has room.
     TooFewReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, wanted: usize },
-    /// More holders than wanted.
-    TooManyReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, wanted: usize },
+    /// More holders than wanted, and than the layer's redundant copies could account for.
+    TooManyReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, most: usize },
+    /// More redundant copies in a layer than it may have.
+    TooManySpares { layer: LayerIdx, spares: usize, redundant: u32 },
+    /// Holders that fail together though another worker has room, and fails alone.
+    SharedFate { layer: LayerIdx, expert: ExpertId, fate: Fate },
     /// The same holder twice.
     DuplicateHolder { layer: LayerIdx, expert: ExpertId, worker: WorkerId },
     /// A holder that is dead or leaving.
     UnknownWorker { worker: WorkerId, experts: usize },
     /// More experts than fit.
     OverBudget { worker: WorkerId, experts: usize, room: usize },
-    /// Workers without budgets that differ by more than one expert.
+    /// What it lacks does not fit beside what it holds, so that it waits until others have taken that over.
+    OverBudgetNow { worker: WorkerId, resident: usize, lacks: usize, room: usize },
+    /// Equal workers without budgets that differ by more than one expert.
     Uneven { least: usize, most: usize },
+}
+
+/// What holders can share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// The machine.
+    Host,
+    /// The rack, zone, or whatever fails together.
+    Zone,
 }
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Parent { version, parent } => write!(f, "plan {version} does not come after its parent {parent}"),
+            Self::Orphan { parent, previous } => write!(f, "the plan was made from {parent}, not from {previous}"),
             Self::MissingLayer { layer } => write!(f, "layer {layer} has routed experts and no plan"),
             Self::UnknownLayer { layer } => write!(f, "layer {layer} is planned and has no routed experts"),
             Self::ExpertCount { layer, planned, experts } => {
@@ -79,8 +99,15 @@ impl fmt::Display for Rule {
             Self::TooFewReplicas { layer, expert, holders, wanted } => {
                 write!(f, "expert {expert} of layer {layer} has {holders} of {wanted} holders though there is room")
             }
-            Self::TooManyReplicas { layer, expert, holders, wanted } => {
-                write!(f, "expert {expert} of layer {layer} has {holders} holders, {wanted} are wanted")
+            Self::TooManyReplicas { layer, expert, holders, most } => {
+                write!(f, "expert {expert} of layer {layer} has {holders} holders, at most {most} may be")
+            }
+            Self::TooManySpares { layer, spares, redundant } => {
+                write!(f, "layer {layer} has {spares} redundant copies, it may have {redundant}")
+            }
+            Self::SharedFate { layer, expert, fate } => {
+                let fate = if *fate == Fate::Host { "host" } else { "zone" };
+                write!(f, "holders of expert {expert} of layer {layer} share a {fate} though another could be had")
             }
             Self::DuplicateHolder { layer, expert, worker } => {
                 write!(f, "expert {expert} of layer {layer} names {worker} twice")
@@ -91,6 +118,9 @@ impl fmt::Display for Rule {
             Self::OverBudget { worker, experts, room } => {
                 write!(f, "{worker} should hold {experts} experts and has room for {room}")
             }
+            Self::OverBudgetNow { worker, resident, lacks, room } => {
+                write!(f, "{worker} holds {resident} experts and lacks {lacks}, it has room for {room} at once")
+            }
             Self::Uneven { least, most } => write!(f, "workers hold between {least} and {most} experts"),
         }
     }
@@ -99,24 +129,34 @@ impl fmt::Display for Rule {
 impl Rule {
     fn severity(&self) -> Severity {
         match self {
-            Self::Parent { .. } | Self::MissingLayer { .. } | Self::ExpertCount { .. } => Severity::Error,
+            Self::Parent { .. } | Self::Orphan { .. } | Self::MissingLayer { .. } | Self::ExpertCount { .. } => {
+                Severity::Error
+            }
             Self::Unplaced { .. } | Self::OverBudget { .. } => Severity::Error,
             Self::UnknownLayer { .. } | Self::DuplicateHolder { .. } => Severity::Warning,
-            Self::TooFewReplicas { .. } | Self::UnknownWorker { .. } => Severity::Warning,
-            Self::TooManyReplicas { .. } | Self::Uneven { .. } => Severity::Advice,
+            Self::TooFewReplicas { .. } | Self::UnknownWorker { .. } | Self::SharedFate { .. } => Severity::Warning,
+            Self::OverBudgetNow { .. } => Severity::Warning,
+            Self::TooManyReplicas { .. } | Self::TooManySpares { .. } | Self::Uneven { .. } => Severity::Advice,
         }
     }
 }
 
 /// All that can be said against the plan, at most [`MAX_NOTES`], the worst first.
-pub fn lint(plan: &Plan, problem: &Problem<'_>) -> Vec<Note> {
+///
+/// With `previous`, the plan is judged as its successor: it must name it as its parent, and what a worker lacks already by
+/// `previous` is not held against it.
+pub fn lint(plan: &Plan, problem: &Problem<'_>, previous: Option<&Plan>) -> Vec<Note> {
     let mut rules = Vec::new();
     if plan.parent >= plan.version {
         rules.push(Rule::Parent { version: plan.version, parent: plan.parent });
     }
+    if let Some(previous) = previous.filter(|previous| previous.version != plan.parent) {
+        rules.push(Rule::Orphan { parent: plan.parent, previous: previous.version });
+    }
     layers(plan, problem, &mut rules);
-    let held = held(plan);
-    workers(problem, &held, &mut rules);
+    let held = Held::of(plan, problem);
+    workers(plan, problem, previous, &held, &mut rules);
+    uneven(problem, &held, &mut rules);
     experts(plan, problem, &held, &mut rules);
     let mut notes: Vec<Note> = rules.into_iter().map(|rule| Note { severity: rule.severity(), rule }).collect();
     notes.sort_by_key(|note| std::cmp::Reverse(note.severity));
@@ -125,17 +165,38 @@ pub fn lint(plan: &Plan, problem: &Problem<'_>) -> Vec<Note> {
 }
 
 /// The first rule that no planner may break on any cluster: all but what a lack of memory, or the past, excuses.
-pub(crate) fn broken_invariant(plan: &Plan, problem: &Problem<'_>) -> Option<Rule> {
-    let excused = |rule: &Rule| matches!(rule, Rule::Unplaced { .. } | Rule::Uneven { .. });
-    lint(plan, problem).into_iter().map(|note| note.rule).find(|rule| !excused(rule))
+pub(crate) fn broken_invariant(plan: &Plan, problem: &Problem<'_>, previous: Option<&Plan>) -> Option<Rule> {
+    let excused = |rule: &Rule| matches!(rule, Rule::Unplaced { .. } | Rule::Uneven { .. } | Rule::SharedFate { .. });
+    lint(plan, problem, previous).into_iter().map(|note| note.rule).find(|rule| !excused(rule))
 }
 
-fn held(plan: &Plan) -> BTreeMap<&WorkerId, usize> {
-    let mut held = BTreeMap::new();
-    for holder in plan.iter().flat_map(|(_, _, holders)| holders) {
-        *held.entry(holder).or_insert(0) += 1;
+/// What each worker should hold.
+struct Held<'a> {
+    by_worker: BTreeMap<&'a WorkerId, Residency>,
+    /// By the problem's workers: copies planned.
+    planned: Vec<usize>,
+    /// By the problem's workers: copies planned and not resident.
+    lacks: Vec<usize>,
+}
+
+impl<'a> Held<'a> {
+    fn of(plan: &'a Plan, problem: &Problem<'_>) -> Self {
+        let mut by_worker: BTreeMap<&WorkerId, Residency> = BTreeMap::new();
+        for (layer, expert, holders) in plan.iter() {
+            for holder in holders {
+                by_worker.entry(holder).or_default().insert(layer, expert);
+            }
+        }
+        let of = |id| by_worker.get(id);
+        let planned = problem.workers.iter().map(|worker| of(&worker.id).map_or(0, Residency::len)).collect();
+        let lacks = problem.workers.iter().map(|worker| {
+            let lacks = |planned: &Residency| {
+                planned.iter().filter(|(layer, expert)| !worker.resident.contains(*layer, *expert)).count()
+            };
+            of(&worker.id).map_or(0, lacks)
+        });
+        Self { lacks: lacks.collect(), planned, by_worker }
     }
-    held
 }
 
 fn layers(plan: &Plan, problem: &Problem<'_>, rules: &mut Vec<Rule>) {
@@ -149,36 +210,67 @@ fn layers(plan: &Plan, problem: &Problem<'_>, rules: &mut Vec<Rule>) {
             Some(_) => {}
         }
     }
-    let unknown = plan.layers.keys().filter(|layer| !model.moe_layers.contains(layer));
-    rules.extend(unknown.map(|layer| Rule::UnknownLayer { layer: *layer }));
-}
-
-fn workers(problem: &Problem<'_>, held: &BTreeMap<&WorkerId, usize>, rules: &mut Vec<Rule>) {
-    let live: BTreeMap<&WorkerId, usize> =
-        problem.workers.iter().map(|worker| (&worker.id, problem.room(worker))).collect();
-    for (worker, experts) in held {
-        match live.get(worker) {
-            None => rules.push(Rule::UnknownWorker { worker: (*worker).clone(), experts: *experts }),
-            Some(room) if experts > room => {
-                rules.push(Rule::OverBudget { worker: (*worker).clone(), experts: *experts, room: *room });
-            }
-            Some(_) => {}
+    for (layer, experts) in &plan.layers {
+        if !model.moe_layers.contains(layer) {
+            rules.push(Rule::UnknownLayer { layer: *layer });
+        }
+        let spares = experts.iter().map(|holders| holders.len().saturating_sub(problem.wanted())).sum();
+        if spares > problem.redundant as usize {
+            rules.push(Rule::TooManySpares { layer: *layer, spares, redundant: problem.redundant });
         }
     }
-    let unlimited = problem.workers.iter().filter(|worker| worker.memory_budget == 0);
-    let counts: Vec<usize> = unlimited.map(|worker| held.get(&worker.id).copied().unwrap_or(0)).collect();
-    if let (Some(least), Some(most)) = (counts.iter().min(), counts.iter().max())
+}
+
+fn workers(plan: &Plan, problem: &Problem<'_>, previous: Option<&Plan>, held: &Held<'_>, rules: &mut Vec<Rule>) {
+    let live: HashMap<&WorkerId, usize> =
+        problem.workers.iter().enumerate().map(|(at, worker)| (&worker.id, at)).collect();
+    let adding: Vec<WorkerId> = plan
+        .moves_from(previous)
+        .into_iter()
+        .filter(|change| !change.added.is_empty())
+        .map(|change| change.worker)
+        .collect();
+    for (id, experts) in &held.by_worker {
+        let Some(&at) = live.get(id) else {
+            rules.push(Rule::UnknownWorker { worker: (*id).clone(), experts: experts.len() });
+            continue;
+        };
+        let worker = &problem.workers[at];
+        let (room, resident, lacks) = (problem.room(worker), worker.resident.len(), held.lacks[at]);
+        if experts.len() > room {
+            rules.push(Rule::OverBudget { worker: (*id).clone(), experts: experts.len(), room });
+        } else if lacks > 0 && resident + lacks > room && adding.binary_search(id).is_ok() {
+            rules.push(Rule::OverBudgetNow { worker: (*id).clone(), resident, lacks, room });
+        }
+    }
+}
+
+/// Only where nothing asks for unevenness: neither budgets, speeds, localities nor load.
+fn uneven(problem: &Problem<'_>, held: &Held<'_>, rules: &mut Vec<Rule>) {
+    let speeds = relative_speeds(problem.workers).unwrap_or_default();
+    let alike = speeds.iter().all(|speed| *speed == speeds[0])
+        && problem.workers.iter().all(|worker| worker.memory_budget == 0)
+        && !Fates::of(problem.workers).shared;
+    if let (Some(least), Some(most)) = (held.planned.iter().min(), held.planned.iter().max())
+        && alike
+        && problem.load.is_none()
         && most - least > 1
     {
         rules.push(Rule::Uneven { least: *least, most: *most });
     }
 }
 
-fn experts(plan: &Plan, problem: &Problem<'_>, held: &BTreeMap<&WorkerId, usize>, rules: &mut Vec<Rule>) {
-    let wanted = (problem.replicas as usize).min(problem.workers.len());
-    let open =
-        problem.workers.iter().filter(|worker| held.get(&worker.id).copied().unwrap_or(0) < problem.room(worker));
-    let open: Vec<&WorkerId> = open.map(|worker| &worker.id).collect();
+fn experts(plan: &Plan, problem: &Problem<'_>, held: &Held<'_>, rules: &mut Vec<Rule>) {
+    let wanted = problem.wanted();
+    let fates = Fates::of(problem.workers);
+    let live: HashMap<&WorkerId, usize> =
+        problem.workers.iter().enumerate().map(|(at, worker)| (&worker.id, at)).collect();
+    // Room for one more, beside all that is there and all that is still to come.
+    let has_room = |at: &usize| {
+        let (worker, room) = (&problem.workers[*at], problem.room(&problem.workers[*at]));
+        held.planned[*at] < room && worker.resident.len() + held.lacks[*at] < room
+    };
+    let open: Vec<usize> = (0..problem.workers.len()).filter(has_room).collect();
     for (layer, expert, holders) in plan.iter() {
         if rules.len() > MAX_NOTES {
             return;
@@ -191,20 +283,35 @@ fn experts(plan: &Plan, problem: &Problem<'_>, held: &BTreeMap<&WorkerId, usize>
         if count == 0 {
             rules.push(Rule::Unplaced { layer, expert });
         }
-        if count < wanted && open.iter().any(|worker| !holders.contains(worker)) {
+        if count < wanted && open.iter().any(|at| !holders.contains(&problem.workers[*at].id)) {
             rules.push(Rule::TooFewReplicas { layer, expert, holders: count, wanted });
         }
-        if count > wanted {
-            rules.push(Rule::TooManyReplicas { layer, expert, holders: count, wanted });
+        let most = wanted + problem.redundant as usize;
+        if count > most {
+            rules.push(Rule::TooManyReplicas { layer, expert, holders: count, most });
         }
+        let holders: Vec<usize> = holders.iter().filter_map(|id| live.get(id).copied()).collect();
+        let shared = fates.shared.then(|| shared_fate(&fates, &holders, &open, wanted)).flatten();
+        rules.extend(shared.map(|fate| Rule::SharedFate { layer, expert, fate }));
     }
+}
+
+/// What those holders share that one of them, or one more, need not share on a worker among `open`.
+fn shared_fate(fates: &Fates, holders: &[usize], open: &[usize], wanted: usize) -> Option<Fate> {
+    let Spread { hosts, zones } = fates.spread(holders);
+    let enough = wanted.min(holders.len());
+    let another = |bit: u8| open.iter().any(|worker| fates.common(holders, *worker) & bit == 0);
+    if hosts < enough && another(2) {
+        return Some(Fate::Host);
+    }
+    (zones < enough && another(1)).then_some(Fate::Zone)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::planner::PlannerWorker;
-    use crate::state::ModelIdentity;
+    use crate::planner::{PlannerWorker, Rebalance};
+    use crate::state::{Locality, ModelIdentity};
 
     fn id(name: &str) -> WorkerId {
         WorkerId::parse(name).unwrap()
@@ -221,9 +328,17 @@ mod tests {
             experts: 4,
             expert_bytes: 10,
         };
-        let workers =
-            [("a", 20), ("b", 0), ("c", 0)].map(|(name, memory_budget)| PlannerWorker { id: id(name), memory_budget });
-        let problem = Problem { model: &model, workers: &workers, replicas: 2 };
+        let worker = |(name, memory_budget, host): (&str, u64, &str)| PlannerWorker {
+            id: id(name),
+            memory_budget,
+            speed: 0.0,
+            locality: Locality { host: host.into(), zone: String::new() },
+            resident: Residency::new(),
+        };
+        let mut workers = [("a", 20, "x"), ("b", 0, "x"), ("c", 0, ""), ("d", 30, "")].map(worker);
+        workers[3].resident = [1, 2, 3].map(|expert| (LayerIdx(2), ExpertId(expert))).into_iter().collect();
+        let rebalance = Rebalance::No;
+        let problem = Problem { model: &model, workers: &workers, replicas: 2, redundant: 1, load: None, rebalance };
         let holders = |names: &[&str]| names.iter().map(|name| id(name)).collect::<Vec<_>>();
         let plan = Plan {
             version: PlanVersion(3),
@@ -231,11 +346,12 @@ mod tests {
             policy: "test".into(),
             reason: "test".into(),
             layers: BTreeMap::from([
-                (LayerIdx(1), vec![holders(&["a", "b", "c"]), holders(&["b", "b"]), holders(&["a"]), vec![]]),
-                (LayerIdx(3), vec![holders(&["a", "dead"])]),
+                (LayerIdx(1), vec![holders(&["a", "b"]), holders(&["b", "b"]), holders(&["a"]), vec![]]),
+                (LayerIdx(3), vec![holders(&["a", "b", "c", "d", "dead"])]),
             ]),
         };
-        let notes = lint(&plan, &problem);
+        let previous = Plan { version: PlanVersion(2), layers: BTreeMap::new(), ..plan.clone() };
+        let notes = lint(&plan, &problem, Some(&previous));
         let said: Vec<String> = notes.iter().map(|note| note.rule.to_string()).collect();
         for sentence in [
             "plan 3 does not come after its parent 3",
@@ -246,11 +362,23 @@ mod tests {
             "expert 3 of layer 1 has no holder",
             "expert 1 of layer 1 names b twice",
             "expert 2 of layer 1 has 1 of 2 holders though there is room",
-            "expert 0 of layer 1 has 3 holders, 2 are wanted",
-            "workers hold between 1 and 3 experts",
+            "expert 0 of layer 3 has 5 holders, at most 3 may be",
+            "layer 3 has 3 redundant copies, it may have 1",
+            "holders of expert 0 of layer 1 share a host though another could be had",
+            "d holds 3 experts and lacks 1, it has room for 3 at once",
+            "the plan was made from 3, not from 2",
         ] {
             assert!(said.iter().any(|line| line == sentence), "{sentence} is not in {said:#?}");
         }
         assert!(notes.is_sorted_by_key(|note| std::cmp::Reverse(note.severity)));
+
+        let equal = workers.clone().map(|worker| PlannerWorker {
+            memory_budget: 0,
+            locality: Locality::default(),
+            resident: Residency::new(),
+            ..worker
+        });
+        let notes = lint(&plan, &Problem { workers: &equal, ..problem }, None);
+        assert!(notes.iter().any(|note| note.to_string() == "workers hold between 1 and 3 experts"), "{notes:#?}");
     }
 }

@@ -1,12 +1,14 @@
 //! Load: how many rows went to each expert lately.
 //!
-//! In: counters that only grow, read from time to time. Out: rows per (layer, expert) over a sliding window, and their sum
-//! over routers. Never here: a decision, or a clock.
+//! In: counters that only grow, read from time to time. Out: rows per (layer, expert) over a sliding window, their sum
+//! over routers, and how evenly a plan spreads them. Never here: a decision, or a clock.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
-use crate::ids::{ExpertId, LayerIdx};
+use crate::ids::{ExpertId, LayerIdx, WorkerId};
+use crate::plan::Plan;
+use crate::planner::{PlannerWorker, relative_speeds};
 
 /// What sums are scaled to, so that routers with windows of different lengths add up.
 const MINUTE: Duration = Duration::from_secs(60);
@@ -52,6 +54,47 @@ impl Load {
     }
 }
 
+/// How evenly a plan spreads the rows over the workers: 1 is perfect, 1/2 means that every step takes twice as long as it
+/// need. `None` where there are no rows.
+///
+/// A step passes through the layers one after the other and waits in each for its slowest worker. So this is the time the
+/// rows of all layers would take if each layer's were spread perfectly, over the time its slowest worker takes: over layers,
+/// `Σ (rows ÷ sum of speeds) ÷ Σ (maximum over workers of rows ÷ speed)`. For one layer and equal speeds that is mean over
+/// maximum, the measure by which expert balancers are compared. An expert's rows are split evenly over those of its holders
+/// that are among `workers`; those of an expert without one count for nothing.
+pub fn balancedness(plan: &Plan, load: &Load, workers: &[PlannerWorker]) -> Option<f64> {
+    let (ideal, longest) = times(plan, load, workers)
+        .into_values()
+        .fold((0.0, 0.0), |sum, (ideal, longest)| (sum.0 + ideal, sum.1 + longest));
+    (longest > 0.0).then(|| ideal / longest)
+}
+
+/// [`balancedness`] of each layer that has rows.
+pub fn layer_balancedness(plan: &Plan, load: &Load, workers: &[PlannerWorker]) -> BTreeMap<LayerIdx, f64> {
+    let busy = times(plan, load, workers).into_iter().filter(|(_, (_, longest))| *longest > 0.0);
+    busy.map(|(layer, (ideal, longest))| (layer, ideal / longest)).collect()
+}
+
+/// Per layer, the time its rows take when spread perfectly, and as the plan spreads them: in rows per relative speed.
+fn times(plan: &Plan, load: &Load, workers: &[PlannerWorker]) -> BTreeMap<LayerIdx, (f64, f64)> {
+    let speeds = relative_speeds(workers).unwrap_or_else(|| vec![1.0; workers.len()]);
+    let index: HashMap<&WorkerId, usize> = workers.iter().enumerate().map(|(at, worker)| (&worker.id, at)).collect();
+    let mut carried: BTreeMap<LayerIdx, Vec<f64>> = BTreeMap::new();
+    for (layer, expert, holders) in plan.iter() {
+        let live: Vec<usize> = holders.iter().filter_map(|id| index.get(id).copied()).collect();
+        let rows = carried.entry(layer).or_insert_with(|| vec![0.0; workers.len()]);
+        for worker in &live {
+            rows[*worker] += load.rows(layer, expert) as f64 / live.len() as f64;
+        }
+    }
+    let layer = |(layer, rows): (LayerIdx, Vec<f64>)| {
+        let ideal = rows.iter().sum::<f64>() / speeds.iter().sum::<f64>();
+        let longest = rows.iter().zip(&speeds).map(|(rows, speed)| rows / speed).fold(0.0, f64::max);
+        (layer, (ideal, longest))
+    };
+    carried.into_iter().map(layer).collect()
+}
+
 /// The last few readings of growing counters: what grew between the oldest and the newest is the load.
 #[derive(Debug)]
 pub struct SlidingWindow {
@@ -90,6 +133,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ids::PlanVersion;
+    use crate::planner::balanced::fixtures::workers;
 
     const LAYER: LayerIdx = LayerIdx(1);
 
@@ -118,6 +163,40 @@ mod tests {
         let sum = Load::sum([of(30, &[1, 2]), of(120, &[4, 0, 6])].iter());
         assert_eq!(sum, of(60, &[4, 4, 3]));
         assert_eq!((sum.rows(LAYER, ExpertId(2)), sum.rows(LAYER, ExpertId(3)), sum.total()), (3, 0, 11));
+    }
+
+    #[test]
+    fn balancedness_is_mean_over_maximum_weighed_by_speed() {
+        let mut workers = workers(&[0; 3]);
+        let [a, b, c] = [0, 1, 2].map(|at: usize| workers[at].id.clone());
+        let dead = WorkerId::parse("dead").unwrap();
+        let plan = Plan {
+            version: PlanVersion(1),
+            parent: PlanVersion::NONE,
+            policy: "test".into(),
+            reason: "test".into(),
+            layers: BTreeMap::from([
+                (LAYER, vec![vec![a.clone()], vec![b.clone(), c, dead.clone()], vec![dead]]),
+                (LayerIdx(2), vec![vec![b], vec![a]]),
+            ]),
+        };
+        let rows = BTreeMap::from([(LAYER, vec![60, 60, 1000]), (LayerIdx(2), vec![0, 0])]);
+        let load = Load { window: MINUTE, layers: rows.clone() };
+        assert_eq!(balancedness(&plan, &load, &workers), Some(40.0 / 60.0));
+        assert_eq!(layer_balancedness(&plan, &load, &workers), BTreeMap::from([(LAYER, 40.0 / 60.0)]));
+        workers[0].speed = 200.0;
+        workers[1].speed = 100.0;
+        workers[2].speed = 100.0;
+        assert_eq!(balancedness(&plan, &load, &workers), Some(1.0), "the fast worker has twice the rows");
+        workers[2].speed = 0.0;
+        let unknown = balancedness(&plan, &load, &workers).unwrap();
+        assert!((unknown - 120.0 / 450.0 / (60.0 / 200.0)).abs() < 1e-12, "an unknown speed is the mean: {unknown}");
+        let two = Load { window: MINUTE, layers: BTreeMap::from([(LAYER, vec![60, 60]), (LayerIdx(2), vec![40, 0])]) };
+        workers.iter_mut().for_each(|worker| worker.speed = 0.0);
+        let both = balancedness(&plan, &two, &workers).unwrap();
+        assert!((both - (40.0 + 40.0 / 3.0) / 100.0).abs() < 1e-12, "layers add up: {both}");
+        let idle = Load { window: MINUTE, layers: BTreeMap::new() };
+        assert_eq!(balancedness(&plan, &idle, &workers), None);
     }
 
     proptest! {

@@ -34,7 +34,36 @@ pub struct PastPlan {
     pub written_unix_ms: u64,
 }
 
+/// What changes for one worker from one plan to the next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Move {
+    /// Whom it concerns.
+    pub worker: WorkerId,
+    /// What it should hold now and should not before.
+    pub added: Residency,
+    /// What it should hold no longer.
+    pub removed: Residency,
+}
+
 impl Plan {
+    /// What changes from `previous` to this plan, for each worker that anything changes for, by name. From nothing to the
+    /// first plan, everything is added.
+    pub fn moves_from(&self, previous: Option<&Self>) -> Vec<Move> {
+        let mut moves = BTreeMap::new();
+        let before = |layer, expert| previous.map(|plan| plan.holders(layer, expert)).unwrap_or_default();
+        for (layer, expert, holders) in self.iter() {
+            for worker in holders.iter().filter(|worker| !before(layer, expert).contains(worker)) {
+                Move::of(&mut moves, worker).added.insert(layer, expert);
+            }
+        }
+        for (layer, expert, holders) in previous.iter().flat_map(|plan| plan.iter()) {
+            for worker in holders.iter().filter(|worker| !self.holders(layer, expert).contains(worker)) {
+                Move::of(&mut moves, worker).removed.insert(layer, expert);
+            }
+        }
+        moves.into_values().collect()
+    }
+
     /// All that one worker should hold.
     pub fn assigned_to(&self, worker: &WorkerId) -> Residency {
         let mut residency = Residency::new();
@@ -61,6 +90,13 @@ impl Plan {
     }
 }
 
+impl Move {
+    fn of<'m>(moves: &'m mut BTreeMap<WorkerId, Self>, worker: &WorkerId) -> &'m mut Self {
+        let nothing = || Self { worker: worker.clone(), added: Residency::new(), removed: Residency::new() };
+        moves.entry(worker.clone()).or_insert_with(nothing)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -83,5 +119,29 @@ mod tests {
         assert_eq!(plan.holders(LayerIdx(2), ExpertId(0)), [b, a]);
         assert!(plan.holders(LayerIdx(2), ExpertId(9)).is_empty());
         assert!(plan.holders(LayerIdx(7), ExpertId(0)).is_empty());
+    }
+
+    #[test]
+    fn moves_are_what_differs_and_nothing_else() {
+        let [a, b, c] = ["a", "b", "c"].map(|name| WorkerId::parse(name).unwrap());
+        let plan = |version, holders: [Vec<WorkerId>; 3]| Plan {
+            version: PlanVersion(version),
+            parent: PlanVersion(version - 1),
+            policy: "test".into(),
+            reason: "test".into(),
+            layers: BTreeMap::from([(LayerIdx(1), holders.into())]),
+        };
+        let one = plan(1, [vec![a.clone(), b.clone()], vec![b.clone()], vec![a.clone()]]);
+        let two = plan(2, [vec![b.clone(), a.clone()], vec![c.clone()], vec![a.clone(), c.clone()]]);
+        let experts = |numbers: &[u16]| -> Residency { numbers.iter().map(|n| (LayerIdx(1), ExpertId(*n))).collect() };
+        let of = |worker: &WorkerId, added: &[u16], removed: &[u16]| Move {
+            worker: worker.clone(),
+            added: experts(added),
+            removed: experts(removed),
+        };
+        assert_eq!(two.moves_from(Some(&one)), [of(&b, &[], &[1]), of(&c, &[1, 2], &[])]);
+        assert_eq!(one.moves_from(Some(&two)), [of(&b, &[1], &[]), of(&c, &[], &[1, 2])]);
+        assert_eq!(one.moves_from(Some(&one)), []);
+        assert_eq!(one.moves_from(None), [of(&a, &[0, 2], &[]), of(&b, &[0, 1], &[])]);
     }
 }

@@ -70,8 +70,11 @@ mod tests {
         std::fs::write(&path, serde_json::to_string_pretty(&PlanFile::of(plan)).unwrap()).unwrap();
         assert_eq!(PlanFile::read(&path).unwrap(), *plan);
 
-        std::fs::write(&path, r#"{"version": 1, "parent": 0, "policy": "p", "reason": "r", "layers": {"1": [["Bad Name"]]}}"#)
-            .unwrap();
+        std::fs::write(
+            &path,
+            r#"{"version": 1, "parent": 0, "policy": "p", "reason": "r", "layers": {"1": [["Bad Name"]]}}"#,
+        )
+        .unwrap();
         let error = format!("{:#}", PlanFile::read(&path).unwrap_err());
         assert!(error.contains("plan.json") && error.contains("layer 1") && error.contains("Bad Name"), "{error}");
         std::fs::write(&path, "{}").unwrap();

@@ -1,38 +1,68 @@
 //! Planners: pure functions from what is observed and what was planned to what should be.
 //!
-//! In: the model, the live workers, the replicas wanted, the previous plan. Out: the next plan, or nothing when the
-//! previous one still is right. Never here: the store, time, or chance. The same problem has the same answer, so two
-//! leaders that see the same cluster write the same plan.
+//! In: the model, the workers and what they hold, the load, the replicas wanted, the previous plan. Out: the next plan, or
+//! nothing when the previous one still is right. Never here: the store, time, or chance. The same problem has the same
+//! answer, so two leaders that see the same cluster write the same plan.
 
 pub mod balanced;
+pub mod eplb;
+pub(crate) mod fate;
 
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 
-use crate::ids::WorkerId;
-use crate::state::{ClusterState, ModelIdentity, WorkerState};
+use crate::ids::{PlanVersion, WorkerId};
+use crate::load::Load;
+use crate::plan::Plan;
+use crate::state::{ClusterState, Locality, ModelIdentity, Residency, WorkerRecord};
 
 /// What a planner solves.
 #[derive(Debug, Clone, Copy)]
 pub struct Problem<'a> {
     /// The layers and experts to place, and what one weighs.
     pub model: &'a ModelIdentity,
-    /// Those that may hold experts: alive and not draining.
+    /// Those that may hold experts: alive and not leaving. In the same order for everyone who plans, which [`candidates`] is.
     pub workers: &'a [PlannerWorker],
-    /// How many workers should hold each expert, where there are as many.
+    /// How many workers should at least hold each expert, where there are as many.
     pub replicas: u32,
+    /// How many copies beyond those a layer may have in all, for the experts that have most rows.
+    pub redundant: u32,
+    /// Rows that went to each expert lately, if known.
+    pub load: Option<&'a Load>,
+    /// Whether copies may move that need not.
+    pub rebalance: Rebalance,
+}
+
+/// Whether copies may move for evenness alone.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rebalance {
+    /// No: only what a death, a departure, or a changed limit makes necessary.
+    No,
+    /// Where it is worth it.
+    IfGain {
+        /// The least gain in balancedness (see [`crate::load::balancedness`]), from 0 to 1, that a layer's copies move for.
+        least: f64,
+        /// How many copies may be on their way at once: planned on a worker and not resident there yet.
+        moves: usize,
+    },
 }
 
 /// A worker as a planner sees it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PlannerWorker {
     /// Its name.
     pub id: WorkerId,
     /// Bytes it may fill with experts; 0 means as many as it is given.
     pub memory_budget: u64,
+    /// Rows per second through one expert; 0 while unknown, which counts as the mean of the known ones.
+    pub speed: f64,
+    /// What it shares its fate with.
+    pub locality: Locality,
+    /// What it holds now, and so takes memory until it is given up.
+    pub resident: Residency,
 }
 
 /// A problem that has no answer.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
     /// Nobody to give experts to.
     #[error("there is no live worker to hold the experts")]
@@ -52,20 +82,61 @@ pub enum Error {
         /// Its name.
         worker: WorkerId,
     },
+    /// A gain that balancedness cannot have.
+    #[error("a least gain of {least} in balancedness is not between 0 and 1")]
+    Gain {
+        /// As it was asked for.
+        least: f64,
+    },
     /// The previous plan has the last version number there is.
     #[error("the plan's version cannot grow any further")]
     VersionsExhausted,
+    /// EPLB knows no second copies for safety.
+    #[error("EPLB promises one holder per expert, {replicas} are wanted: ask for redundant copies instead")]
+    OnlyOneReplica {
+        /// As it was asked for.
+        replicas: u32,
+    },
+    /// EPLB takes all workers for equal.
+    #[error("EPLB needs equal workers: {slow} does {least} rows a second, {fast} does {most}")]
+    UnequalSpeed {
+        /// The slowest worker.
+        slow: WorkerId,
+        /// Its speed.
+        least: f64,
+        /// The fastest worker.
+        fast: WorkerId,
+        /// Its speed.
+        most: f64,
+    },
+    /// EPLB gives each worker the same number of slots.
+    #[error("EPLB gives every worker {slots} experts, {worker} has room for {room}")]
+    NoRoom {
+        /// Who is too small.
+        worker: WorkerId,
+        /// Experts it may hold.
+        room: usize,
+        /// Experts it would get.
+        slots: usize,
+    },
+    /// Numbers that EPLB cannot share out.
+    #[error("EPLB cannot place this model here")]
+    Eplb(#[from] eplb::Precondition),
 }
 
 impl Problem<'_> {
+    /// How many holders every expert should at least have.
+    pub(crate) fn wanted(&self) -> usize {
+        (self.replicas as usize).min(self.workers.len())
+    }
+
     /// How many experts that worker may hold.
     pub(crate) fn room(&self, worker: &PlannerWorker) -> usize {
-        let every = self.model.moe_layers.len() * self.model.experts as usize;
         if worker.memory_budget == 0 || self.model.expert_bytes == 0 {
-            return every;
+            return usize::MAX;
         }
         let fit = worker.memory_budget / self.model.expert_bytes;
-        usize::try_from(fit).map_or(every, |fit| fit.min(every))
+        usize::try_from(fit).unwrap_or(usize::MAX)
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
@@ -78,16 +149,54 @@ impl Problem<'_> {
         if self.model.experts > 1 << 16 {
             return Err(Error::TooManyExperts { experts: self.model.experts });
         }
-        let mut seen = BTreeMap::new();
-        match self.workers.iter().find(|worker| seen.insert(&worker.id, ()).is_some()) {
+        if let Rebalance::IfGain { least, .. } = self.rebalance
+            && !(0.0..=1.0).contains(&least)
+        {
+            return Err(Error::Gain { least });
+        }
+        let mut seen = BTreeSet::new();
+        match self.workers.iter().find(|worker| !seen.insert(&worker.id)) {
             Some(twice) => Err(Error::DuplicateWorker { worker: twice.id.clone() }),
             None => Ok(()),
         }
     }
 }
 
+impl PlannerWorker {
+    fn known_speed(&self) -> Option<f64> {
+        (self.speed.is_finite() && self.speed > 0.0).then_some(self.speed)
+    }
+}
+
+impl From<&WorkerRecord> for PlannerWorker {
+    fn from(record: &WorkerRecord) -> Self {
+        Self {
+            id: record.id.clone(),
+            memory_budget: record.memory_budget,
+            speed: record.speed,
+            locality: record.locality.clone(),
+            resident: record.resident.clone(),
+        }
+    }
+}
+
 /// The workers of a cluster that a plan may use: all but those that are leaving, by name.
 pub fn candidates(state: &ClusterState) -> Vec<PlannerWorker> {
-    let staying = state.workers.values().filter(|worker| worker.state != WorkerState::Draining);
-    staying.map(|worker| PlannerWorker { id: worker.id.clone(), memory_budget: worker.memory_budget }).collect()
+    state.workers.values().filter(|worker| !state.is_leaving(worker)).map(PlannerWorker::from).collect()
+}
+
+/// Each worker's speed as a multiple of the mean of the known ones. `None` while none is known.
+pub(crate) fn relative_speeds(workers: &[PlannerWorker]) -> Option<Vec<f64>> {
+    let known: Vec<f64> = workers.iter().filter_map(PlannerWorker::known_speed).collect();
+    let mean = known.iter().sum::<f64>() / known.len() as f64;
+    // A sum of finite speeds may still overflow; no worker is that fast.
+    let usable = !known.is_empty() && mean.is_finite();
+    usable.then(|| workers.iter().map(|worker| worker.known_speed().map_or(1.0, |speed| speed / mean)).collect())
+}
+
+/// The numbers of a plan that follows the previous one: its version and its parent.
+fn succession(previous: Option<&Plan>) -> Result<(PlanVersion, PlanVersion), Error> {
+    let parent = previous.map_or(PlanVersion::NONE, |plan| plan.version);
+    let version = parent.0.checked_add(1).map(PlanVersion).ok_or(Error::VersionsExhausted)?;
+    Ok((version, parent))
 }

@@ -4,29 +4,15 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 
+use super::fixtures::{model, worker, workers};
 use super::*;
+use crate::ids::{ExpertId, LayerIdx, PlanVersion};
 use crate::lint::{self, Rule};
 use crate::planner::PlannerWorker;
 use crate::state::ModelIdentity;
 
-fn model(layers: u32, experts: u32) -> ModelIdentity {
-    ModelIdentity {
-        name: "m".into(),
-        config_digest: String::new(),
-        checkpoint_digest: String::new(),
-        layers: layers + 1,
-        moe_layers: (1..=layers).map(LayerIdx).collect(),
-        experts,
-        expert_bytes: 10,
-    }
-}
-
-fn worker(number: usize, memory_budget: u64) -> PlannerWorker {
-    PlannerWorker { id: WorkerId::parse(&format!("w{number}")).unwrap(), memory_budget }
-}
-
-fn workers(budgets: &[u64]) -> Vec<PlannerWorker> {
-    budgets.iter().enumerate().map(|(number, budget)| worker(number, *budget)).collect()
+fn still<'a>(model: &'a ModelIdentity, workers: &'a [PlannerWorker], replicas: u32) -> Problem<'a> {
+    Problem { model, workers, replicas, redundant: 0, load: None, rebalance: Rebalance::No }
 }
 
 fn counts(plan: &Plan, workers: &[PlannerWorker]) -> Vec<usize> {
@@ -51,16 +37,16 @@ proptest! {
                                        lost in any::<prop::sample::Index>(), gained in 0u64..300) {
         let model = model(layers, experts);
         let mut workers = workers(&budgets);
-        let problem = Problem { model: &model, workers: &workers, replicas };
+        let problem = still(&model, &workers, replicas);
         let one = first(&problem);
-        prop_assert_eq!(lint::broken_invariant(&one, &problem), None);
+        prop_assert_eq!(lint::broken_invariant(&one, &problem, None), None);
         prop_assert_eq!(plan(&problem, Some(&one)).unwrap(), None, "a plan is stable when solved again");
 
         workers.remove(lost.index(workers.len()));
         workers.push(worker(100, gained));
-        let problem = Problem { model: &model, workers: &workers, replicas };
+        let problem = still(&model, &workers, replicas);
         if let Some(two) = plan(&problem, Some(&one)).unwrap() {
-            prop_assert_eq!(lint::broken_invariant(&two, &problem), None);
+            prop_assert_eq!(lint::broken_invariant(&two, &problem, Some(&one)), None);
             prop_assert_eq!(two.parent, one.version);
             prop_assert!(two.version > one.version);
             prop_assert_eq!(plan(&problem, Some(&two)).unwrap(), None, "and so is its successor");
@@ -72,7 +58,7 @@ proptest! {
         layers in 1u32..5, experts in 1u32..17, replicas in 1u32..6, count in 1usize..9) {
         let model = model(layers, experts);
         let workers = workers(&vec![0; count]);
-        let plan = first(&Problem { model: &model, workers: &workers, replicas });
+        let plan = first(&still(&model, &workers, replicas));
         let wanted = count.min(replicas as usize);
         for (layer, expert, holders) in plan.iter() {
             let distinct: std::collections::BTreeSet<_> = holders.iter().collect();
@@ -88,9 +74,9 @@ proptest! {
         dead in any::<prop::sample::Index>()) {
         let model = model(layers, experts);
         let mut workers = workers(&vec![0; count]);
-        let before = first(&Problem { model: &model, workers: &workers, replicas });
+        let before = first(&still(&model, &workers, replicas));
         let dead = workers.remove(dead.index(count)).id;
-        let after = plan(&Problem { model: &model, workers: &workers, replicas }, Some(&before)).unwrap();
+        let after = plan(&still(&model, &workers, replicas), Some(&before)).unwrap();
         let after = after.unwrap_or_else(|| before.clone());
         for (layer, expert, holders) in before.iter() {
             let now = after.holders(layer, expert);
@@ -105,7 +91,7 @@ proptest! {
     fn first_copies_come_before_second_ones(layers in 1u32..4, experts in 1u32..9, budgets in prop::collection::vec(1u64..120, 1..6)) {
         let model = model(layers, experts);
         let workers = workers(&budgets);
-        let plan = first(&Problem { model: &model, workers: &workers, replicas: 3 });
+        let plan = first(&still(&model, &workers, 3));
         let unplaced = plan.iter().filter(|(_, _, holders)| holders.is_empty()).count();
         let richest = plan.iter().map(|(_, _, holders)| holders.len()).max().unwrap_or(0);
         prop_assert!(unplaced == 0 || richest <= 1, "{} experts have no holder and one has {}", unplaced, richest);
@@ -116,7 +102,7 @@ proptest! {
 fn neighbouring_layers_spread() {
     let model = model(4, 8);
     let workers = workers(&[0; 4]);
-    let plan = first(&Problem { model: &model, workers: &workers, replicas: 1 });
+    let plan = first(&still(&model, &workers, 1));
     let holders: Vec<_> = (1..=4).map(|layer| plan.holders(LayerIdx(layer), ExpertId(0))[0].to_string()).collect();
     assert_eq!(holders, ["w0", "w1", "w2", "w3"]);
     assert_eq!(counts(&plan, &workers), [8; 4]);
@@ -126,7 +112,7 @@ fn neighbouring_layers_spread() {
 fn a_worker_with_twice_the_memory_gets_twice_the_experts() {
     let model = model(2, 15);
     let workers = workers(&[200, 400, 400]);
-    let plan = first(&Problem { model: &model, workers: &workers, replicas: 1 });
+    let plan = first(&still(&model, &workers, 1));
     assert_eq!(counts(&plan, &workers), [6, 12, 12]);
 }
 
@@ -134,10 +120,11 @@ fn a_worker_with_twice_the_memory_gets_twice_the_experts() {
 fn memory_that_ran_out_is_told_by_the_lint() {
     let model = model(1, 8);
     let workers = workers(&[30, 30]);
-    let problem = Problem { model: &model, workers: &workers, replicas: 2 };
+    let problem = still(&model, &workers, 2);
     let plan = first(&problem);
     assert_eq!(counts(&plan, &workers), [3, 3]);
-    let unplaced = lint::lint(&plan, &problem).into_iter().filter(|note| matches!(note.rule, Rule::Unplaced { .. }));
+    let unplaced =
+        lint::lint(&plan, &problem, None).into_iter().filter(|note| matches!(note.rule, Rule::Unplaced { .. }));
     assert_eq!(unplaced.count(), 2);
 }
 
@@ -154,7 +141,7 @@ fn a_survivors_second_copy_makes_way_when_memory_runs_out() {
         reason: String::new(),
         layers: BTreeMap::from([(LayerIdx(1), vec![twice.clone(), twice, vec![w0.clone()], vec![w0]])]),
     };
-    let after = plan(&Problem { model: &model, workers: &workers[1..], replicas: 2 }, Some(&before)).unwrap().unwrap();
+    let after = plan(&still(&model, &workers[1..], 2), Some(&before)).unwrap().unwrap();
     let holders: Vec<_> = after.iter().map(|(_, _, holders)| holders.to_vec()).collect();
     assert_eq!(holders, [vec![w1.clone()], vec![w1], vec![w2.clone()], vec![w2]]);
 }
@@ -163,24 +150,24 @@ fn a_survivors_second_copy_makes_way_when_memory_runs_out() {
 fn the_reason_says_who_left() {
     let model = model(1, 4);
     let both = workers(&[0, 0]);
-    let before = first(&Problem { model: &model, workers: &both, replicas: 1 });
+    let before = first(&still(&model, &both, 1));
     assert_eq!(before.reason, "first plan, 2 workers, 1 replicas");
     assert_eq!((before.version, before.parent), (PlanVersion(1), PlanVersion::NONE));
-    let after = plan(&Problem { model: &model, workers: &both[1..], replicas: 1 }, Some(&before)).unwrap().unwrap();
-    assert_eq!(after.reason, "w0 left, 2 copies placed again");
+    let after = plan(&still(&model, &both[1..], 1), Some(&before)).unwrap().unwrap();
+    assert_eq!(after.reason, "w0 left, 2 copies placed, 0 given up, 1 workers");
 }
 
 #[test]
 fn impossible_problems_are_refused() {
     let model = model(1, 4);
     let both = workers(&[0, 0]);
-    let solve = |workers: &[PlannerWorker], replicas| plan(&Problem { model: &model, workers, replicas }, None);
+    let solve = |workers: &[PlannerWorker], replicas| plan(&still(&model, workers, replicas), None);
     assert_eq!(solve(&[], 1), Err(Error::NoWorkers));
     assert_eq!(solve(&both, 0), Err(Error::NoReplicas));
     let twice = [worker(7, 0), worker(7, 0)];
     assert!(matches!(solve(&twice, 1), Err(Error::DuplicateWorker { .. })));
     let vast = ModelIdentity { experts: 70_000, ..model.clone() };
-    let vast = plan(&Problem { model: &vast, workers: &both, replicas: 1 }, None);
+    let vast = plan(&still(&vast, &both, 1), None);
     assert_eq!(vast, Err(Error::TooManyExperts { experts: 70_000 }));
     let last = Plan {
         version: PlanVersion(u64::MAX),
@@ -189,6 +176,6 @@ fn impossible_problems_are_refused() {
         reason: String::new(),
         layers: BTreeMap::new(),
     };
-    let exhausted = plan(&Problem { model: &model, workers: &both, replicas: 1 }, Some(&last));
+    let exhausted = plan(&still(&model, &both, 1), Some(&last));
     assert_eq!(exhausted, Err(Error::VersionsExhausted));
 }

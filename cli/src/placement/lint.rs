@@ -75,7 +75,9 @@ pub(super) fn notes(plan: &Plan, state: &ClusterState, wanted: &Wanted) -> anyho
     let workers = planner::candidates(state);
     let load = state.load();
     let problem = wanted.problem((model, state), &workers, Some(&load), Rebalance::No);
-    Ok(lint::lint(plan, &problem))
+    // What it follows matters only where it would follow what is in force.
+    let previous = state.plan.as_deref().filter(|current| current.version == plan.parent);
+    Ok(lint::lint(plan, &problem, previous))
 }
 
 pub(super) fn is_mistaken(notes: &[Note]) -> bool {

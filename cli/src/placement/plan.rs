@@ -30,6 +30,9 @@ pub(crate) struct Args {
     /// Who plans.
     #[arg(long, value_enum, default_value = "balanced")]
     policy: Policy,
+    /// For eplb: how many groups of experts the gate chooses between, for nodes to be balanced first; 1 is its global policy.
+    #[arg(long, value_name = "G", default_value_t = 1)]
+    groups: usize,
     /// What balancedness must gain for experts to move that need not; 1 moves none.
     #[arg(long, value_name = "RATIO", default_value_t = 0.05)]
     gain: f64,
@@ -61,7 +64,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let problem = args.wanted.problem((model, &state), &workers, load, rebalance);
     let plan = match args.policy {
         Policy::Balanced => balanced::plan(&problem, state.plan.as_deref())?,
-        Policy::Eplb => eplb::plan(&problem, state.plan.as_deref())?,
+        Policy::Eplb => eplb::policy::plan(&problem, args.groups, state.plan.as_deref())?,
     };
     let Some(plan) = plan else {
         terminal::warn("the plan in force is as good as any");

@@ -180,6 +180,11 @@ impl From<&WorkerRecord> for PlannerWorker {
     }
 }
 
+/// A layer's redundant copies where nobody said how many: one for eight experts, as is usual at scale (32 for 256).
+pub fn redundant_by_default(model: &ModelIdentity) -> u32 {
+    model.experts / 8
+}
+
 /// The workers of a cluster that a plan may use: all but those that are leaving, by name.
 pub fn candidates(state: &ClusterState) -> Vec<PlannerWorker> {
     state.workers.values().filter(|worker| !state.is_leaving(worker)).map(PlannerWorker::from).collect()

@@ -74,7 +74,7 @@ impl Policy {
         let replicas = self.replicas;
         let problem = Problem { model, workers: &workers, replicas, redundant, load: load.as_ref(), rebalance };
         let Some(plan) = balanced::plan(&problem, state.plan.as_deref())? else { return Ok(None) };
-        let notes = lint(&plan, &problem);
+        let notes = lint(&plan, &problem, state.plan.as_deref());
         for note in notes.iter().filter(|note| note.severity >= Severity::Warning) {
             warn!(version = plan.version.0, %note, "plan");
         }

@@ -13,10 +13,12 @@ use checkpoint::{EXPERTS, HIDDEN, MOE_LAYER};
 use clap::Parser;
 use conclave_expert_worker::app::{self, Worker};
 use conclave_expert_worker::config::Config;
-use conclave_placement::ids::{Cluster, LayerIdx, PlanVersion, WorkerId};
+use conclave_placement::ids::{Cluster, ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
 use conclave_placement::keys::Keys;
 use conclave_placement::plan::Plan;
-use conclave_placement::state::{ClusterState, WorkerState};
+use conclave_placement::state::{
+    ClusterState, DrainOrder, Locality, Residency, RouterRecord, WorkerRecord, WorkerState,
+};
 use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::serve::serve_memory;
 use conclave_placement::store::{Store, connect};
@@ -57,9 +59,17 @@ impl Setting {
         Self { folder: tempfile::tempdir().unwrap(), spec, keys, store, view, end }
     }
 
-    /// Gives worker `w` these experts.
+    /// Gives worker `w` these experts, and `other` no other.
     async fn plan(&self, version: u64, experts: &[u16]) {
-        let holders = |expert| if experts.contains(&expert) { vec![worker_id()] } else { vec![] };
+        self.plan_for_two(version, experts, &[]).await;
+    }
+
+    /// Gives worker `w` these experts, and worker `other` those.
+    async fn plan_for_two(&self, version: u64, experts: &[u16], others: &[u16]) {
+        let holders = |expert| {
+            let mine = experts.contains(&expert).then(worker_id);
+            mine.into_iter().chain(others.contains(&expert).then(other_id)).collect()
+        };
         let plan = Plan {
             version: PlanVersion(version),
             parent: PlanVersion(version - 1),
@@ -68,6 +78,41 @@ impl Setting {
             layers: BTreeMap::from([(LayerIdx(MOE_LAYER), (0..EXPERTS as u16).map(holders).collect())]),
         };
         self.store.put(&self.keys.plan(), plan.encode(), None).await.unwrap();
+    }
+
+    /// Another worker, as far as its record goes.
+    async fn other_holds(&self, experts: &[u16], plan: u64) {
+        let other = WorkerRecord {
+            id: other_id(),
+            incarnation: Incarnation::new(7).unwrap(),
+            address: "127.0.0.1:1".to_owned(),
+            device: "cpu".to_owned(),
+            memory_budget: 0,
+            speed: 0.0,
+            state: WorkerState::Serving,
+            resident: experts.iter().map(|expert| (LayerIdx(MOE_LAYER), ExpertId(*expert))).collect(),
+            plan_version: PlanVersion(plan),
+            locality: Locality::default(),
+        };
+        self.store.put(&self.keys.worker(&other.id), other.encode(), None).await.unwrap();
+    }
+
+    /// A router that dispatches by that plan, as far as its record goes.
+    async fn router_follows(&self, plan: u64) {
+        let router = RouterRecord {
+            id: RouterId::parse("r").unwrap(),
+            incarnation: Incarnation::new(7).unwrap(),
+            inference_address: "127.0.0.1:1".to_owned(),
+            admin_address: "127.0.0.1:1".to_owned(),
+            plan_version: PlanVersion(plan),
+        };
+        self.store.put(&self.keys.router(&router.id), router.encode(), None).await.unwrap();
+    }
+
+    /// The experts that the worker tells the cluster of, once they are these.
+    async fn until_told(&self, experts: &[u16]) {
+        let wanted: Residency = experts.iter().map(|expert| (LayerIdx(MOE_LAYER), ExpertId(*expert))).collect();
+        self.until(|state| state.workers.get(&worker_id()).is_some_and(|worker| worker.resident == wanted)).await;
     }
 
     async fn until(&self, condition: impl FnMut(&Arc<ClusterState>) -> bool) -> Arc<ClusterState> {
@@ -91,6 +136,10 @@ impl Drop for Setting {
 
 fn worker_id() -> WorkerId {
     WorkerId::parse("w").unwrap()
+}
+
+fn other_id() -> WorkerId {
+    WorkerId::parse("other").unwrap()
 }
 
 async fn try_start(cluster: &Setting, seed: u64, shutdown: &Shutdown) -> Result<Worker, app::Error> {
@@ -237,12 +286,79 @@ async fn what_is_elsewhere_late_or_wrong_is_refused_and_the_stream_goes_on() {
     cluster.until_acted_on(2).await;
     assert!(matches!(stream.ask(batch(5, 1, &[(0, 3)])).await, Outcome::Returned(_)));
 
-    shutdown.begin();
-    let leaving = stream.refusal(batch(6, 1, &[(0, 0)])).await;
-    assert_eq!(leaving.reason(), pb::RefusedReason::Draining);
     let inventory = stream.client.get_inventory(pb::GetInventoryRequest {}).await.unwrap().into_inner();
-    assert_eq!((inventory.batches_total, inventory.refused_total, inventory.draining), (2, 4, true));
+    assert_eq!((inventory.batches_total, inventory.refused_total, inventory.draining), (2, 3, false));
+    shutdown.begin();
     worker.run(&shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_expert_that_moved_away_is_let_go_and_can_come_back() {
+    let cluster = Setting::start().await;
+    cluster.router_follows(1).await;
+    cluster.other_holds(&[], 1).await;
+    cluster.plan(1, &[0, 1]).await;
+    let shutdown = Shutdown::manual();
+    let worker = try_start(&cluster, SEED, &shutdown).await.unwrap();
+    cluster.until_acted_on(1).await;
+    let mut stream = Stream::open(&worker).await;
+
+    // Neither the router nor the other worker is as far as the plan.
+    cluster.plan_for_two(2, &[0], &[1]).await;
+    let state = cluster.until_acted_on(2).await;
+    assert_eq!(state.workers[&worker_id()].resident.len(), 2, "nobody else has it");
+    cluster.other_holds(&[1], 2).await;
+    assert!(matches!(stream.ask(batch(1, 1, &[(0, 1)])).await, Outcome::Returned(_)));
+    cluster.router_follows(2).await;
+    cluster.until_told(&[0]).await;
+
+    // Answered for a while though nobody is told, then no longer.
+    let mut id = 2;
+    while matches!(stream.ask(batch(id, 1, &[(0, 1)])).await, Outcome::Returned(_)) {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        id += 1;
+    }
+    let missing = stream.refusal(batch(1000, 1, &[(0, 1)])).await;
+    assert_eq!((missing.reason(), missing.missing_experts), (pb::RefusedReason::NotResident, vec![1]));
+    let inventory = stream.client.get_inventory(pb::GetInventoryRequest {}).await.unwrap().into_inner();
+    assert_eq!(inventory.resident_bytes, (3 * HIDDEN * checkpoint::INNER * 4) as u64, "one expert is left");
+
+    cluster.plan(3, &[0, 1]).await;
+    cluster.until_told(&[0, 1]).await;
+    assert!(matches!(stream.ask(batch(1001, 1, &[(0, 1)])).await, Outcome::Returned(_)));
+    shutdown.begin();
+    worker.run(&shutdown).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_that_leaves_answers_on_until_others_hold_its_experts() {
+    let cluster = Setting::start().await;
+    cluster.router_follows(1).await;
+    cluster.other_holds(&[], 1).await;
+    cluster.plan(1, &[0, 1]).await;
+    let shutdown = Shutdown::manual();
+    let worker = try_start(&cluster, SEED, &shutdown).await.unwrap();
+    let state = cluster.until_acted_on(1).await;
+    let mut stream = Stream::open(&worker).await;
+
+    // An operator's order is as good as a signal.
+    let order = DrainOrder { incarnation: state.workers[&worker_id()].incarnation };
+    let ending = shutdown.clone();
+    let running = tokio::spawn(async move { worker.run(&ending).await });
+    cluster.store.put(&cluster.keys.drain(&worker_id()), order.encode(), None).await.unwrap();
+    cluster.until(|state| state.workers[&worker_id()].state == WorkerState::Draining).await;
+    assert!(matches!(stream.ask(batch(1, 1, &[(0, 1)])).await, Outcome::Returned(_)), "nobody else could answer");
+    let inventory = stream.client.get_inventory(pb::GetInventoryRequest {}).await.unwrap().into_inner();
+    assert!(inventory.draining);
+
+    cluster.plan_for_two(2, &[], &[0, 1]).await;
+    cluster.other_holds(&[0], 1).await;
+    assert!(matches!(stream.ask(batch(2, 1, &[(0, 1)])).await, Outcome::Returned(_)), "it is still the only one");
+    cluster.other_holds(&[0, 1], 2).await;
+    running.await.unwrap().unwrap();
+    let state = cluster.until(|state| !state.workers.contains_key(&worker_id())).await;
+    assert!(state.drains.is_empty(), "the order was carried out");
+    assert!(stream.answers.message().await.unwrap().is_none(), "the stream ends in order");
 }
 
 #[tokio::test]

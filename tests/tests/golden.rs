@@ -13,7 +13,8 @@ use conclave_placement::view::View;
 use conclave_proto::inference::v1::Token;
 use conclave_router::{
     engine::pass::{self, Machine, Spent},
-    moe::{Exchange, Mode},
+    load::SentRows,
+    moe::{Exchange, Hedging, Mode},
     workers::Workers,
 };
 use conclave_tests::{

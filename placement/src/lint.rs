@@ -298,13 +298,14 @@ fn experts(plan: &Plan, problem: &Problem<'_>, held: &Held<'_>, rules: &mut Vec<
 
 /// What those holders share that one of them, or one more, need not share on a worker among `open`.
 fn shared_fate(fates: &Fates, holders: &[usize], open: &[usize], wanted: usize) -> Option<Fate> {
-    let Spread { hosts, zones } = fates.spread(holders);
     let enough = wanted.min(holders.len());
-    let another = |bit: u8| open.iter().any(|worker| fates.common(holders, *worker) & bit == 0);
-    if hosts < enough && another(2) {
+    let Spread { hosts, zones } = fates.spread(holders.iter().copied(), enough);
+    // Another zone is not worth a shared host.
+    let another = |common: u8| open.iter().any(|worker| fates.common(holders, *worker) <= common);
+    if hosts < enough && another(1) {
         return Some(Fate::Host);
     }
-    (zones < enough && another(1)).then_some(Fate::Zone)
+    (zones < enough && another(0)).then_some(Fate::Zone)
 }
 
 #[cfg(test)]

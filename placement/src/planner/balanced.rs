@@ -62,3 +62,7 @@ fn on_their_way(draft: &Draft<'_>) -> usize {
 pub(crate) mod fixtures;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod load_tests;
+#[cfg(test)]
+mod life_tests;

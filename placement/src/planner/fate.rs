@@ -55,15 +55,22 @@ impl Fates {
         2 * u8::from(shares(&self.host)) + u8::from(shares(&self.zone))
     }
 
-    /// How far those workers are spread.
-    pub(crate) fn spread(&self, holders: &[usize]) -> Spread {
+    /// How far those workers are spread, as far as anybody asks: more than `most` of either count as `most`.
+    pub(crate) fn spread(&self, holders: impl Iterator<Item = usize> + Clone, most: usize) -> Spread {
         if !self.shared {
-            return Spread { hosts: holders.len(), zones: holders.len() };
+            let all = holders.take(most).count();
+            return Spread { hosts: all, zones: all };
         }
         let distinct = |names: &[usize]| {
-            let mut seen: Vec<usize> = holders.iter().map(|holder| names[*holder]).collect();
-            seen.sort_unstable();
-            seen.dedup();
+            let mut seen = Vec::new();
+            for name in holders.clone().map(|holder| names[holder]) {
+                if seen.len() == most {
+                    break;
+                }
+                if !seen.contains(&name) {
+                    seen.push(name);
+                }
+            }
             seen.len()
         };
         Spread { hosts: distinct(&self.host), zones: distinct(&self.zone) }
@@ -74,9 +81,9 @@ impl Fates {
         if !self.shared {
             return Need { host: false, zone: false };
         }
-        let stay: Vec<usize> = holders.iter().copied().filter(|holder| *holder != leaves).collect();
-        let (before, after) = (self.spread(holders), self.spread(&stay));
-        Need { host: after.hosts < before.hosts.min(wanted), zone: after.zones < before.zones.min(wanted) }
+        let stay = holders.iter().copied().filter(|holder| *holder != leaves);
+        let (before, after) = (self.spread(holders.iter().copied(), wanted), self.spread(stay, wanted));
+        Need { host: after.hosts < before.hosts, zone: after.zones < before.zones }
     }
 
     /// Whether that worker brings what is needed.
@@ -107,7 +114,7 @@ mod tests {
         }
         let fates = Fates::of(&all);
         assert_eq!([0, 2, 3, 4].map(|worker| fates.common(&[1], worker)), [1, 2, 0, 0]);
-        assert_eq!(fates.spread(&[0, 1, 2, 4]), Spread { hosts: 3, zones: 3 });
+        assert_eq!(fates.spread([0, 1, 2, 4].into_iter(), 9), Spread { hosts: 3, zones: 3 });
         let may = |holders: &[usize], leaves, joins, wanted| {
             fates.meets(fates.replacing(holders, leaves, wanted), holders, leaves, joins)
         };

@@ -30,6 +30,8 @@ pub(super) struct Draft<'a> {
     pub(super) wanted: usize,
     /// Whether anything is known of the load.
     pub(super) loaded: bool,
+    /// Whether an expert lacks a wanted holder, for want of memory.
+    pub(super) short: bool,
     /// Per slot, its rows; 0 where nothing is known.
     pub(super) rows: Vec<f64>,
     /// Per worker, its speed as a multiple of the mean.
@@ -65,6 +67,7 @@ impl<'a> Draft<'a> {
             workers,
             wanted: problem.wanted(),
             loaded: false,
+            short: false,
             rows: vec![0.0; slots],
             weight: speed.clone().unwrap_or_else(|| memory_weights(problem)),
             speed: speed.unwrap_or_else(|| vec![1.0; workers]),

@@ -9,7 +9,7 @@
 
 use super::draft::{Draft, ROUNDING, Step};
 use super::even;
-use super::fill::least_missed;
+use super::fill::{least_missed, refill};
 use super::journal::{Budget, Journal};
 use super::search::best_action;
 use crate::planner::fate::Fates;
@@ -29,6 +29,7 @@ pub(super) fn rebalance(draft: &mut Draft<'_>, fates: &Fates, mut budget: Budget
         }
         changed |= even::join(draft, fates, &mut budget);
         changed |= even::even_out(draft, fates, &mut budget);
+        changed |= refill(draft, fates);
         if !changed || budget.moves == 0 {
             return;
         }
@@ -48,11 +49,10 @@ fn worst_first(draft: &Draft<'_>) -> Vec<usize> {
 /// question of load.
 fn part(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) -> bool {
     let mut changed = false;
-    let everyone: Vec<usize> = (0..draft.workers).collect();
-    let possible = fates.spread(&everyone);
     if !fates.shared {
         return false;
     }
+    let possible = fates.spread(0..draft.workers, draft.wanted);
     for slot in 0..draft.holders.len() {
         while budget.moves > 0 {
             let Some((leaves, joins)) = apart(draft, fates, slot, possible.hosts, possible.zones) else { break };
@@ -71,26 +71,27 @@ fn apart(draft: &Draft<'_>, fates: &Fates, slot: usize, hosts: usize, zones: usi
     let (holders, layer) = (&draft.holders[slot], slot / draft.experts);
     let enough = draft.wanted.min(holders.len());
     let (hosts, zones) = (hosts.min(enough), zones.min(enough));
-    let now = fates.spread(holders);
+    let now = fates.spread(holders.iter().copied(), enough);
     if now.hosts >= hosts && now.zones >= zones {
         return None;
     }
-    let mut best: Option<(usize, usize, f64)> = None;
+    let burden = |worker: usize| (draft.time(layer, worker, 0.0), draft.share(worker, 0));
+    let mut best: Option<(usize, usize)> = None;
     for leaves in holders.iter().copied() {
         let stay: Vec<usize> = holders.iter().copied().filter(|holder| *holder != leaves).collect();
-        let left = fates.spread(&stay);
+        let left = fates.spread(stay.iter().copied(), enough);
         for joins in (0..draft.workers).filter(|worker| !draft.holds(slot, *worker) && draft.fits(slot, *worker)) {
             let common = fates.common(&stay, joins);
             let after = (left.hosts + usize::from(common & 2 == 0), left.zones + usize::from(common & 1 == 0));
             let after = (after.0.min(hosts), after.1.min(zones));
             let before = (now.hosts.min(hosts), now.zones.min(zones));
-            let time = draft.time(layer, joins, 0.0).max(draft.share(joins, 0));
-            if after.0 >= before.0 && after.1 >= before.1 && after != before && best.is_none_or(|best| time < best.2) {
-                best = Some((leaves, joins, time));
+            let apart = after.0 >= before.0 && after.1 >= before.1 && after != before;
+            if apart && best.is_none_or(|(_, other)| burden(joins) < burden(other)) {
+                best = Some((leaves, joins));
             }
         }
     }
-    best.map(|(leaves, joins, _)| (leaves, joins))
+    best
 }
 
 /// Mean over maximum of the workers' times, see [`crate::load::balancedness`].

@@ -7,6 +7,9 @@ use super::draft::{Draft, ROUNDING, Step};
 use super::fill::least_missed;
 use crate::planner::fate::Fates;
 
+/// How many of the least busy workers are looked at for a copy that makes way for another.
+const IDLEST: usize = 4;
+
 /// Steps that belong together, and the time of the slowest worker they touch, thereafter.
 pub(super) struct Action {
     pub(super) steps: Vec<Step>,
@@ -23,10 +26,8 @@ pub(super) fn best_action(draft: &Draft<'_>, fates: &Fates, layer: usize) -> Opt
             keep_better(&mut best, kind(&search, slot));
         }
     }
-    if best.is_none() {
-        best = search.swap_copies();
-    }
-    best.filter(|action| action.time < search.most * (1.0 - ROUNDING))
+    let helps = |action: &Action| action.time < search.most * (1.0 - ROUNDING);
+    best.filter(helps).or_else(|| search.swap_copies()).or_else(|| search.displace().filter(helps))
 }
 
 fn keep_better(best: &mut Option<Action>, candidate: Option<Action>) {
@@ -108,7 +109,7 @@ impl<'a> Search<'a> {
     fn add_copy(&self, slot: usize) -> Option<Action> {
         let copies = self.copies(slot);
         let (per, after) = (self.draft.per_copy(slot, copies), self.draft.per_copy(slot, copies + 1));
-        if copies < self.draft.wanted || per <= self.ideal_copy {
+        if !self.may_add(slot) {
             return None;
         }
         let mut steps = Vec::new();
@@ -121,6 +122,12 @@ impl<'a> Search<'a> {
         let (worker, soonest) = self.soonest(slot, after, |_| true)?;
         steps.push(Step::Give { slot, worker });
         Some(Action { steps, time: time.max(soonest) })
+    }
+
+    /// Whether an expert may have a spare: no wanted copy lacks memory anywhere, and its copies are above the average.
+    fn may_add(&self, slot: usize) -> bool {
+        let copies = self.copies(slot);
+        !self.draft.short && copies >= self.draft.wanted && self.draft.per_copy(slot, copies) > self.ideal_copy
     }
 
     /// The spare copy of another expert that is missed least: without it, its expert's copies still carry fewer than `rows`.
@@ -153,6 +160,50 @@ impl<'a> Search<'a> {
                     let better = best.as_ref().map_or(self.most, |best| best.time) * (1.0 - ROUNDING);
                     if time < better && self.may_replace(other, worker, slow) {
                         best = Some(Action { steps: swap(slot, slow, other, worker), time });
+                    }
+                }
+            }
+        }
+        best
+    }
+
+    /// A busy expert, or one more copy of it, for a worker whose own goes elsewhere first.
+    fn displace(&self) -> Option<Action> {
+        let (draft, layer, slow) = (self.draft, self.layer, self.slowest);
+        let mut idle: Vec<usize> = (0..draft.workers).filter(|worker| draft.has_room(*worker)).collect();
+        let time = |worker: usize| draft.time(layer, worker, 0.0);
+        idle.sort_by(|a, b| time(*a).total_cmp(&time(*b)).then(a.cmp(b)));
+        idle.truncate(IDLEST);
+        let mut best: Option<Action> = None;
+        for slot in draft.held_in(layer, slow).iter().copied().filter(|slot| draft.rows[*slot] > 0.0) {
+            let copies = self.copies(slot);
+            let (per, after) = (draft.per_copy(slot, copies), draft.per_copy(slot, copies + 1));
+            let adds = self.may_add(slot) && self.spares < draft.problem.redundant as usize;
+            for worker in (0..draft.workers).filter(|worker| *worker != slow) {
+                if draft.holds(slot, worker) || !draft.fits(slot, worker) {
+                    continue;
+                }
+                for other in draft.held_in(layer, worker).iter().copied() {
+                    let rows = draft.per_copy(other, self.copies(other));
+                    let target =
+                        |to: &usize| ![slow, worker].contains(to) && !draft.holds(other, *to) && draft.fits(other, *to);
+                    let Some(to) = idle.iter().copied().find(target) else { continue };
+                    // The displaced may land where the busy one lives already, whose part becomes smaller: not counted.
+                    let elsewhere = draft.time(layer, to, rows);
+                    let moved = draft.time(layer, worker, per - rows).max(draft.time(layer, slow, -per));
+                    let added = draft.time(layer, worker, after - rows).max(draft.time(layer, slow, after - per));
+                    let (time, takes) = if adds && added <= moved { (added, false) } else { (moved, true) };
+                    let time = time.max(elsewhere);
+                    let better = best.as_ref().map_or(self.most, |best| best.time) * (1.0 - ROUNDING);
+                    let allowed = |takes: bool| !takes || self.may_replace(slot, slow, worker);
+                    if time < better && self.may_replace(other, worker, to) && allowed(takes) {
+                        let mut steps = vec![
+                            Step::Give { slot: other, worker: to },
+                            Step::Take { slot: other, worker },
+                            Step::Give { slot, worker },
+                        ];
+                        steps.extend(takes.then_some(Step::Take { slot, worker: slow }));
+                        best = Some(Action { steps, time });
                     }
                 }
             }

@@ -3,6 +3,8 @@
 # here, with no registry and no Docker engine, and runs it beside a real etcd: a worker registers, answers /readyz, computes for
 # a router, and leaves the store on SIGTERM. The router runs as the chart's pods do: read-only root, no capability, user 65532.
 #
+# Where CUDA's libraries are here too (deploy/setup.sh cuda), the image with CUDA is built and its libraries are opened.
+#
 # What it does not show: the stages that compile and download, and anything of a real container runtime's network and cgroups.
 # Needs root, buildah, mmdebstrap, etcd, a built checkout; exits 0 with the reason where one is missing.
 set -euo pipefail
@@ -11,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Another checkout's programs and libtorch may be used.
 programs=${PROGRAMS:-target/debug}
 libtorch=${LIBTORCH_SITE:-.deps/site}
+cuda=${CUDA_SITE:-$libtorch}
 model=$PWD/tests/golden/v3
 
 say() { printf '== %s\n' "$*"; }
@@ -87,10 +90,15 @@ build add --quiet "$container" "$base" >/dev/null
 build commit --quiet --signature-policy "$scratch/policy.json" "$container" "$name" >/dev/null
 build rm "$container" >/dev/null
 
+# image TARGET TAG: the image that `docker build --target TARGET` makes, less what it would compile and download.
+image() {
+  build build --quiet --isolation chroot --pull-never --signature-policy "$scratch/policy.json" \
+    --file deploy/Dockerfile --target "$1" --build-arg BASE="$name" --build-context programs="$programs" \
+    --build-context libtorch="$libtorch" --build-context cuda-libraries="$cuda" --tag "$2" . >"$scratch/build.log"
+}
+
 say "the image, from $programs"
-build build --quiet --isolation chroot --pull-never --signature-policy "$scratch/policy.json" \
-  --file deploy/Dockerfile --target cpu --build-arg BASE="$name" \
-  --build-context programs="$programs" --build-context libtorch="$libtorch" --tag conclave:check . >"$scratch/build.log"
+image cpu conclave:check
 build inspect --type image --format '{{.OCIv1.Config.User}} {{.OCIv1.Config.Cmd}} {{.OCIv1.Config.Env}}' conclave:check
 container=$(build from --pull-never --signature-policy "$scratch/policy.json" conclave:check)
 in_image() { build run --isolation chroot --network host --volume "$model:/models/v3:ro" "$@"; }
@@ -162,5 +170,20 @@ in_image --env CONCLAVE_STORE="$store" "$container" conclave placement show | te
 if grep -q worker-0 "$scratch/after"; then
   say "FAILED: the worker is still in the store"
   exit 1
+fi
+# Whether everything that libtorch_cuda.so names is in the image shows without a GPU: then the GPU is what is missing.
+if [ -e "$cuda/nvidia/cu13/lib/libcublas.so.13" ]; then
+  say "the image with CUDA"
+  image cuda conclave:check-cuda
+  container=$(build from --pull-never --signature-policy "$scratch/policy.json" conclave:check-cuda)
+  in_image "$container" conclave-expert-worker --model /models/v3 --device cuda:0 --store "$store" \
+    --listen 127.0.0.1:0 --admin-listen 127.0.0.1:0 >"$scratch/cuda.log" 2>&1 || true
+  grep 'libtorch sees 0 GPU' "$scratch/cuda.log" || {
+    say "FAILED: CUDA's half of libtorch was not opened (or this machine has a GPU)"
+    cat "$scratch/cuda.log"
+    exit 1
+  }
+else
+  say "the image with CUDA is not checked: no CUDA libraries in $cuda (deploy/setup.sh cuda)"
 fi
 say "image check passed"

@@ -20,7 +20,7 @@ SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 .PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build build-programs test-rust test-python
 
 help: ## List these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
 
 setup: setup-build setup-python ## Bring libtorch, protoc, the Python environment and, where possible, etcd
 	@deploy/setup.sh etcd || echo "no etcd here: make demo will use the embedded store, make test needs one" >&2

@@ -133,6 +133,7 @@ say "Dockerfile, compose file, YAML"
 "$bin/yamllint" --strict --config-file deploy/check/yamllint.yaml deploy/compose.yaml deploy/prometheus deploy/check \
   "$chart/Chart.yaml" "$chart/values.yaml" "$chart/examples"
 "$bin/yamllint" --strict --config-file deploy/check/yamllint-rendered.yaml "${rendered[@]}"
-if command -v shellcheck >/dev/null; then shellcheck deploy/*.sh; else say "shellcheck is not installed: scripts are not checked"; fi
+if command -v shellcheck >/dev/null; then shellcheck deploy/*.sh
+else say "shellcheck is not installed: scripts are not checked"; fi
 
 say "all clean"

@@ -16,7 +16,7 @@ MODEL := models/smollm2/build/smollm2-moe
 # Scripts that bash runs.
 SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 
-.PHONY: help setup demo test bench lint fmt golden deploy-check clean-deps
+.PHONY: help setup demo test bench lint fmt golden deploy-check image-check clean-deps
 .PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build build-programs test-rust test-python
 
 help: ## List these commands
@@ -46,6 +46,9 @@ golden: ## Make the reference outputs in tests/golden anew (needs the whole of t
 
 deploy-check: ## Check chart, Dockerfile and manifests without a cluster
 	@deploy/check.sh
+
+image-check: ## Build the image from built programs and run it beside a real etcd (needs root, buildah, mmdebstrap)
+	@deploy/image-check.sh
 
 clean-deps: ## Remove what setup brought (.deps)
 	rm -rf .deps

@@ -71,7 +71,7 @@ done
 
 # Switched on beside each example too, so that nothing is rendered by none of them.
 everything=(--set networkPolicy.enabled=true --set podMonitor.enabled=true --set worker.autoscaling.enabled=true
-  --set router.autoscaling.enabled=true --set-string router.autoscaling.targetWaiting=2)
+  --set router.autoscaling.enabled=true --set-string router.autoscaling.targetWaiting=2 --set-string 'bindAddress=[::]')
 say "helm template"
 helm template check "$chart" --namespace ns >"$scratch/defaults.yaml"
 helm template check "$chart" --namespace ns "${everything[@]}" >"$scratch/everything.yaml"

@@ -120,7 +120,9 @@ imagePullPolicy: {{ $image.pullPolicy }}
 {{- define "conclave.settings" -}}
 {{- range $flag, $value := . }}
 - name: CONCLAVE_{{ $flag | replace "-" "_" | upper }}
-  value: {{ ternary (printf "%v" (int64 $value)) (toString $value) (kindIs "float64" $value) | quote }}
+  {{- /* YAML's numbers are floats here, and a large whole one would be written with an exponent. */}}
+  {{- $whole := and (kindIs "float64" $value) (eq (floor $value) $value) }}
+  value: {{ $whole | ternary (printf "%.0f" $value) (toString $value) | quote }}
 {{- end }}
 {{- end }}
 

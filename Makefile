@@ -16,11 +16,11 @@ MODEL := models/smollm2/build/smollm2-moe
 # Scripts that bash runs.
 SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 
-.PHONY: help setup demo test bench lint fmt golden clean-deps
+.PHONY: help setup demo test bench lint fmt golden deploy-check image-check clean-deps
 .PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build build-programs test-rust test-python
 
 help: ## List these commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-14s %s\n", $$1, $$2 }'
 
 setup: setup-build setup-python ## Bring libtorch, protoc, the Python environment and, where possible, etcd
 	@deploy/setup.sh etcd || echo "no etcd here: make demo will use the embedded store, make test needs one" >&2
@@ -43,6 +43,12 @@ fmt: ## Format all Rust code
 golden: ## Make the reference outputs in tests/golden anew (needs the whole of torch, 2.5 GB)
 	@deploy/setup.sh bench
 	$(BENCH_PYTHON) tests/golden/generate.py
+
+deploy-check: ## Check chart, Dockerfile and manifests without a cluster
+	@deploy/check.sh
+
+image-check: ## Build the image from built programs and run it beside a real etcd (needs root, buildah, mmdebstrap)
+	@deploy/image-check.sh
 
 clean-deps: ## Remove what setup brought (.deps)
 	rm -rf .deps

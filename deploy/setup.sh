@@ -3,6 +3,7 @@
 # leaves a stamp named after its inputs, and a second run does nothing.
 #
 #   deploy/setup.sh build     libtorch and protoc: all that `cargo build` needs
+#   deploy/setup.sh cuda      CUDA's libraries beside libtorch (1.7 GB), only for `--device cuda:N`
 #   deploy/setup.sh python    the virtual environment of the demo recipe and the Python tests, and DeepSeek's tokenizers
 #   deploy/setup.sh etcd      etcd from the system's package where it may be installed; exit 3 where there is none
 #   deploy/setup.sh bench     transformers with the whole of torch (2.5 GB), only for benchmarks and new goldens
@@ -65,6 +66,33 @@ PY
   rm -rf "$deps/protoc" && mv "$site/protoc/data" "$deps/protoc" && rm -r "$site/protoc"
   chmod 755 "$deps/protoc/bin/protoc"
   mark_done build "$list"
+}
+
+# After setup_build, which makes its folder anew: hence the look at what is there.
+setup_cuda() {
+  setup_build
+  local list=$root/deploy/setup/cuda-wheels.txt wheels=$deps/wheels-cuda site=$deps/site
+  [ -e "$site/nvidia/cu13/lib/libcublas.so.13" ] && done_already cuda "$list" && return
+  say "downloading CUDA's libraries (1.7 GB, once)"
+  rm -rf "$wheels" && mkdir -p "$wheels"
+  python3 -m venv "$deps/fetch"
+  "$deps/fetch/bin/pip" download --quiet --no-deps --only-binary=:all: --require-hashes --dest "$wheels" \
+    --python-version 3.12 --implementation cp --abi cp312 --abi none \
+    --platform manylinux_2_27_x86_64 --platform manylinux_2_18_x86_64 --platform manylinux2014_x86_64 \
+    --platform manylinux2010_x86_64 --platform manylinux_2_17_x86_64 --platform any --requirement "$list"
+  say "unpacking"
+  "$deps/fetch/bin/python" - "$wheels" "$site" <<'PY'
+import pathlib, sys, zipfile
+wheels, site = map(pathlib.Path, sys.argv[1:])
+for wheel in sorted(wheels.glob("*.whl")):
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            path = pathlib.PurePosixPath(member.filename)
+            if path.parts[0] == "nvidia" and path.parent.name == "lib" and ".so" in path.name:
+                archive.extract(member, site)
+PY
+  rm -rf "$wheels" "$deps/fetch"
+  mark_done cuda "$list"
 }
 
 setup_python() {
@@ -133,9 +161,9 @@ setup_bench() {
 }
 
 case "${1:-}" in
-  build | python | etcd | bench) "setup_$1" ;;
+  build | cuda | python | etcd | bench) "setup_$1" ;;
   *)
-    sed -n '2,10p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,11p' "${BASH_SOURCE[0]}" >&2
     exit 64
     ;;
 esac

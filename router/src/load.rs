@@ -73,10 +73,9 @@ impl Reporter {
         let leave = CancellationToken::new();
         let joining = Membership::join(store, keys.load(router), ttl, Load::default().encode(), leave.clone());
         let left = leave.clone();
+        let (began, mut sliding) = (Instant::now(), SlidingWindow::new(window));
+        sliding.read(began.elapsed(), sent.totals());
         let task = tokio::spawn(async move {
-            let mut sliding = SlidingWindow::new(window);
-            let began = Instant::now();
-            sliding.read(began.elapsed(), sent.totals());
             match joining.await {
                 Ok(membership) => report(&sent, &membership, sliding, (began, window), &left).await,
                 Err(_) if left.is_cancelled() => {}

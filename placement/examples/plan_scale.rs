@@ -48,7 +48,7 @@ fn ours(model: &ModelIdentity, count: usize) -> anyhow::Result<()> {
     let problem = Problem { workers: &workers, load: Some(&other), rebalance: IF_GAIN, ..still_of(model) };
     let shifted = row("rebalance after other favourites", &problem, Some(&loaded), &other, balanced::plan)?;
     settle(&mut workers, &shifted);
-    workers.push(worker(count));
+    workers.push(PlannerWorker { locality: worker(count / 2).locality, ..worker(count) });
     let problem = Problem { workers: &workers, load: Some(&other), rebalance: IF_GAIN, ..still_of(model) };
     let joined = row("one joins", &problem, Some(&shifted), &other, balanced::plan)?;
     settle(&mut workers, &joined);

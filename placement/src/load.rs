@@ -181,7 +181,7 @@ mod tests {
             ]),
         };
         let rows = BTreeMap::from([(LAYER, vec![60, 60, 1000]), (LayerIdx(2), vec![0, 0])]);
-        let load = Load { window: MINUTE, layers: rows.clone() };
+        let load = Load { window: MINUTE, layers: rows };
         assert_eq!(balancedness(&plan, &load, &workers), Some(40.0 / 60.0));
         assert_eq!(layer_balancedness(&plan, &load, &workers), BTreeMap::from([(LAYER, 40.0 / 60.0)]));
         workers[0].speed = 200.0;

@@ -43,7 +43,7 @@ proptest! {
 
     #[test]
     fn a_plan_survives_the_way(plan in any_plan(), written_unix_ms in any::<u64>()) {
-        prop_assert_eq!(Plan::decode(&plan.encode()).unwrap(), plan.clone());
+        prop_assert_eq!(&Plan::decode(&plan.encode()).unwrap(), &plan);
         let past = PastPlan { plan, author: "router-0".into(), written_unix_ms };
         prop_assert_eq!(PastPlan::decode(&past.encode()).unwrap(), past);
     }

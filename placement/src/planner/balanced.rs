@@ -23,6 +23,9 @@ use journal::Budget;
 /// The name this planner signs with.
 pub const POLICY: &str = "balanced";
 
+/// More rounds than it takes: each accepted search gains half the floor.
+const ROUNDS: usize = 16;
+
 /// The next plan, or `None` when the previous one already is the answer.
 ///
 /// Every expert of every layer with routed experts gets at least `min(replicas, workers)` distinct holders, fewer only where
@@ -34,13 +37,17 @@ pub fn plan(problem: &Problem<'_>, previous: Option<&Plan>) -> Result<Option<Pla
     let fates = Fates::of(problem.workers);
     let mut draft = Draft::new(problem);
     let before = previous.map_or_else(|| vec![Vec::new(); draft.holders.len()], |plan| draft.live_holders(plan));
-    fill::complete(&mut draft, &fates, &before);
-    if let Rebalance::IfGain { least, moves } = problem.rebalance {
-        // In a first plan everything has to come from somewhere; after that, what is on its way counts.
-        let moves = if previous.is_some() { moves.saturating_sub(on_their_way(&draft)) } else { usize::MAX };
-        if moves > 0 {
-            rebalance::rebalance(&mut draft, &fates, Budget { least, moves });
+    // Each round starts from what the last one made, as the next call will: what changes nothing here will change nothing
+    // then.
+    let mut holders = sorted(before.clone());
+    for _ in 0..ROUNDS {
+        round(&mut draft, &fates, &holders, previous.is_none());
+        let next = sorted(draft.holders.clone());
+        if next == holders {
+            break;
         }
+        holders = next;
+        draft.clear();
     }
     let layers = draft.into_layers(&before);
     if previous.is_some_and(|plan| plan.layers == layers) {
@@ -50,6 +57,22 @@ pub fn plan(problem: &Problem<'_>, previous: Option<&Plan>) -> Result<Option<Pla
     plan.reason = reason::reason(problem, previous, &plan);
     debug_assert_eq!(crate::lint::broken_invariant(&plan, problem, previous), None);
     Ok(Some(plan))
+}
+
+/// Once all that must be, and all that may be.
+fn round(draft: &mut Draft<'_>, fates: &Fates, holders: &[Vec<usize>], first: bool) {
+    fill::complete(draft, fates, holders);
+    let Rebalance::IfGain { least, moves } = draft.problem.rebalance else { return };
+    // In a first plan everything has to come from somewhere; after that, what is on its way counts.
+    let moves = if first { usize::MAX } else { moves.saturating_sub(on_their_way(draft)) };
+    if moves > 0 {
+        rebalance::rebalance(draft, fates, Budget { least, moves });
+    }
+}
+
+fn sorted(mut holders: Vec<Vec<usize>>) -> Vec<Vec<usize>> {
+    holders.iter_mut().for_each(|holders| holders.sort_unstable());
+    holders
 }
 
 /// Copies that are planned and not where they should be yet.

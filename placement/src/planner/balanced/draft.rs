@@ -91,6 +91,18 @@ impl<'a> Draft<'a> {
         draft
     }
 
+    /// Takes everything back, so that no rounding or order of what was done remains.
+    pub(super) fn clear(&mut self) {
+        self.holders.iter_mut().for_each(Vec::clear);
+        self.on.iter_mut().for_each(Vec::clear);
+        self.held.fill(0);
+        self.total.fill(0.0);
+        self.load.fill(0.0);
+        for (occupied, worker) in self.occupied.iter_mut().zip(self.problem.workers) {
+            *occupied = worker.resident.len();
+        }
+    }
+
     fn bits(&self, resident: &Residency) -> Vec<u64> {
         let mut bits = vec![0; self.rows.len().div_ceil(64)];
         for (position, layer) in self.problem.model.moe_layers.iter().enumerate() {

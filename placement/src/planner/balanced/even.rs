@@ -26,13 +26,12 @@ struct Move {
     level: f64,
 }
 
-/// Gives those that joined their share. True if anything changed.
-pub(super) fn join(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) -> bool {
+/// Gives those that joined their share.
+pub(super) fn join(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) {
     let levels = Levels::new(draft, fates);
     let ideal = ideal(draft);
     let mut joined: Vec<usize> = (0..draft.workers).filter(|worker| level(draft, *worker) < ideal * JOINED).collect();
     joined.sort_by(|a, b| level(draft, *a).total_cmp(&level(draft, *b)).then(a.cmp(b)));
-    let mut changed = false;
     for worker in joined {
         while budget.moves > 0 && level(draft, worker) < ideal * (1.0 - ROUNDING) {
             let sources = highest_first(draft);
@@ -42,19 +41,17 @@ pub(super) fn join(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) ->
             let steps = steps(&found, source);
             budget.moves = budget.moves.saturating_sub(draft.moves(&steps[0]));
             steps.iter().for_each(|step| draft.apply(*step));
-            changed = true;
         }
     }
-    changed
 }
 
-/// Evens everybody out, if that is worth the floor. True if anything changed.
-pub(super) fn even_out(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) -> bool {
+/// Evens everybody out, if that is worth the floor.
+pub(super) fn even_out(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) {
     let ideal = ideal(draft);
     let balance = |draft: &Draft<'_>| ideal / level(draft, highest(draft));
     let start = balance(draft);
     if !start.is_finite() || 1.0 - start < budget.least {
-        return false;
+        return;
     }
     let levels = Levels::new(draft, fates);
     let bound = 4 * draft.held.iter().sum::<usize>();
@@ -68,7 +65,7 @@ pub(super) fn even_out(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget
         let balance = balance(draft);
         journal.mark(draft, balance);
     }
-    !journal.settle(draft, budget).is_empty()
+    journal.settle(draft, budget);
 }
 
 fn steps(found: &Move, source: usize) -> [Step; 2] {

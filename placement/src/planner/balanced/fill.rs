@@ -27,17 +27,6 @@ pub(super) fn complete(draft: &mut Draft<'_>, fates: &Fates, before: &[Vec<usize
     draft.short = draft.holders.iter().any(|holders| holders.len() < draft.wanted);
 }
 
-/// Gives those that lack memory what moves have freed. True if there was any.
-pub(super) fn refill(draft: &mut Draft<'_>, fates: &Fates) -> bool {
-    let held = |draft: &Draft<'_>| draft.held.iter().sum::<usize>();
-    let before = held(draft);
-    if draft.short {
-        fill(draft, fates, draft.wanted);
-        draft.short = draft.holders.iter().any(|holders| holders.len() < draft.wanted);
-    }
-    held(draft) > before
-}
-
 /// Only copies come first where a worker's memory has shrunk.
 fn keep(draft: &mut Draft<'_>, before: &[Vec<usize>]) {
     let mut order: Vec<usize> = (0..before.len()).collect();

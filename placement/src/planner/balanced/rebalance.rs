@@ -3,37 +3,30 @@
 //! In: a complete [`Draft`], the least gain, and how many copies may move. Out: the same draft, better balanced. Never here:
 //! a search whose gain is below the floor.
 //!
-//! Rounds of four: copies that share a fate part; copies that carry no more than an average one go; each layer is brought
+//! In this order: copies that share a fate part; copies that carry no more than an average one go; each layer is brought
 //! closer to balance, the worst first; and the workers' sums over layers are evened out, for whoever joined above all.
-//! Rounds end when one changes nothing, so a second look at the answer changes nothing either.
 
 use super::draft::{Draft, ROUNDING, Step};
 use super::even;
-use super::fill::{least_missed, refill};
+use super::fill::least_missed;
 use super::journal::{Budget, Journal};
 use super::search::best_action;
 use crate::planner::fate::Fates;
 
-/// More rounds than it takes: each accepted search gains half the floor.
-const ROUNDS: usize = 12;
 /// The least gain that counts as one, where the floor is 0.
 const LEAST: f64 = 1e-4;
 
-/// Balances the draft. `budget.moves` is what is left of it thereafter.
+/// Balances the draft, as far as the budget allows.
 pub(super) fn rebalance(draft: &mut Draft<'_>, fates: &Fates, mut budget: Budget) {
     budget.least = budget.least.max(LEAST);
-    for _ in 0..ROUNDS {
-        let mut changed = part(draft, fates, &mut budget);
-        for layer in worst_first(draft) {
-            changed |= budget.moves > 0 && balance_layer(draft, fates, layer, &mut budget);
-        }
-        changed |= even::join(draft, fates, &mut budget);
-        changed |= even::even_out(draft, fates, &mut budget);
-        changed |= refill(draft, fates);
-        if !changed || budget.moves == 0 {
-            return;
+    part(draft, fates, &mut budget);
+    for layer in worst_first(draft) {
+        if budget.moves > 0 {
+            balance_layer(draft, fates, layer, &mut budget);
         }
     }
+    even::join(draft, fates, &mut budget);
+    even::even_out(draft, fates, &mut budget);
 }
 
 /// The layers with load, those first that lose most time by imbalance.
@@ -47,10 +40,9 @@ fn worst_first(draft: &Draft<'_>) -> Vec<usize> {
 
 /// Moves copies off workers that share a host or zone with another holder, to such as do not. Whether that is worth it is no
 /// question of load.
-fn part(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) -> bool {
-    let mut changed = false;
+fn part(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) {
     if !fates.shared {
-        return false;
+        return;
     }
     let possible = fates.spread(0..draft.workers, draft.wanted);
     for slot in 0..draft.holders.len() {
@@ -60,10 +52,8 @@ fn part(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) -> bool {
             budget.moves -= draft.moves(&step);
             draft.apply(step);
             draft.take(slot, leaves);
-            changed = true;
         }
     }
-    changed
 }
 
 /// Which holder should make way for whom, so that an expert's holders are on more hosts, or in more zones.
@@ -100,19 +90,19 @@ fn balance(draft: &Draft<'_>, layer: usize) -> f64 {
 }
 
 /// Removes what is not worth its memory, then improves what is left; or, if the layer is worse off so, improves it as it is.
-fn balance_layer(draft: &mut Draft<'_>, fates: &Fates, layer: usize, budget: &mut Budget) -> bool {
+fn balance_layer(draft: &mut Draft<'_>, fates: &Fates, layer: usize, budget: &mut Budget) {
     let (before, untouched) = (balance(draft, layer), *budget);
     let mut steps = prune(draft, fates, layer);
     let pruned = !steps.is_empty();
     steps.extend(climb(draft, fates, layer, budget));
     if !pruned || balance(draft, layer) >= before * (1.0 - ROUNDING) {
-        return !steps.is_empty();
+        return;
     }
     for step in steps.into_iter().rev() {
         draft.undo(step);
     }
     *budget = untouched;
-    !climb(draft, fates, layer, budget).is_empty()
+    climb(draft, fates, layer, budget);
 }
 
 /// Takes away spares without which their expert's copies still carry no more than an average copy: no search adds such.
@@ -134,28 +124,31 @@ fn prune(draft: &mut Draft<'_>, fates: &Fates, layer: usize) -> Vec<Step> {
 /// Does the best thing for the slowest worker, again and again. Returns the steps that were worth it.
 fn climb(draft: &mut Draft<'_>, fates: &Fates, layer: usize, budget: &mut Budget) -> Vec<Step> {
     let ideal = draft.ideal(layer);
+    let start = ideal / draft.slowest(layer).1;
+    if 1.0 - start < budget.least {
+        return Vec::new();
+    }
     let copies: usize = draft.slots_of(layer).map(|slot| draft.holders[slot].len()).sum();
     // Each step leaves fewer workers as slow as the slowest, so this ends by itself; the bound is for rounding's sake.
     let bound = 8 * (copies + draft.problem.redundant as usize + draft.workers);
-    let mut journal = Journal::new(ideal / draft.slowest(layer).1);
+    let mut journal = Journal::new(start);
     while journal.marks() < bound {
         let Some(action) = best_action(draft, fates, layer) else { break };
-        let (_, most) = draft.slowest(layer);
+        let most = draft.slowest(layer).1 * (1.0 - ROUNDING);
+        let as_slow = |draft: &Draft<'_>| (0..draft.workers).filter(|at| draft.time(layer, *at, 0.0) >= most).count();
+        let before = as_slow(draft);
         journal.act(draft, &action.steps);
-        if slowest_touched(draft, layer, &action.steps) >= most * (1.0 - ROUNDING) {
+        if as_slow(draft) >= before {
             // Rows of an expert that lost its spare went where the new copy went, too.
             journal.undo_unmarked(draft);
             break;
         }
         let balance = ideal / draft.slowest(layer).1;
         journal.mark(draft, balance);
+        // What is left to gain would not be kept.
+        if 1.0 - balance <= budget.least / 2.0 {
+            break;
+        }
     }
     journal.settle(draft, budget)
-}
-
-fn slowest_touched(draft: &Draft<'_>, layer: usize, steps: &[Step]) -> f64 {
-    let holders = steps.iter().flat_map(|step| match step {
-        Step::Give { slot, .. } | Step::Take { slot, .. } => draft.holders[*slot].iter(),
-    });
-    holders.map(|holder| draft.time(layer, *holder, 0.0)).fold(0.0, f64::max)
 }

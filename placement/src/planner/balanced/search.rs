@@ -7,8 +7,10 @@ use super::draft::{Draft, ROUNDING, Step};
 use super::fill::least_missed;
 use crate::planner::fate::Fates;
 
-/// How many of the least busy workers are looked at for a copy that makes way for another.
-const IDLEST: usize = 4;
+/// How many of the least busy workers are looked at that could take a copy if others relieved them.
+const IDLEST: usize = 8;
+/// How many copies one worker is relieved of at once.
+const RELIEVED: usize = 8;
 
 /// Steps that belong together, and the time of the slowest worker they touch, thereafter.
 pub(super) struct Action {
@@ -27,7 +29,7 @@ pub(super) fn best_action(draft: &Draft<'_>, fates: &Fates, layer: usize) -> Opt
         }
     }
     let helps = |action: &Action| action.time < search.most * (1.0 - ROUNDING);
-    best.filter(helps).or_else(|| search.swap_copies()).or_else(|| search.displace().filter(helps))
+    best.filter(helps).or_else(|| search.make_way()).or_else(|| search.swap_copies())
 }
 
 fn keep_better(best: &mut Option<Action>, candidate: Option<Action>) {
@@ -45,6 +47,8 @@ struct Search<'a> {
     slowest: usize,
     /// How long the slowest takes.
     most: f64,
+    /// How long each would take if rows could be spread perfectly.
+    ideal: f64,
     spares: usize,
     /// The worth of an average copy, in rows: a spare is for experts above it.
     ideal_copy: f64,
@@ -54,7 +58,7 @@ impl<'a> Search<'a> {
     fn new(draft: &'a Draft<'a>, fates: &'a Fates, layer: usize) -> Self {
         let (slowest, most) = draft.slowest(layer);
         let (spares, ideal_copy) = (draft.spares(layer), draft.ideal_copy(layer));
-        Self { draft, fates, layer, slowest, most, spares, ideal_copy }
+        Self { draft, fates, layer, slowest, most, ideal: draft.ideal(layer), spares, ideal_copy }
     }
 
     fn copies(&self, slot: usize) -> usize {
@@ -167,48 +171,64 @@ impl<'a> Search<'a> {
         best
     }
 
-    /// A busy expert, or one more copy of it, for a worker whose own goes elsewhere first.
-    fn displace(&self) -> Option<Action> {
-        let (draft, layer, slow) = (self.draft, self.layer, self.slowest);
-        let mut idle: Vec<usize> = (0..draft.workers).filter(|worker| draft.has_room(*worker)).collect();
+    /// A busy expert, or one more copy of it, for a worker that others first relieve of some of its own.
+    fn make_way(&self) -> Option<Action> {
+        let (draft, layer) = (self.draft, self.layer);
+        let mut idle: Vec<usize> =
+            (0..draft.workers).filter(|worker| *worker != self.slowest && draft.has_room(*worker)).collect();
         let time = |worker: usize| draft.time(layer, worker, 0.0);
         idle.sort_by(|a, b| time(*a).total_cmp(&time(*b)).then(a.cmp(b)));
-        idle.truncate(IDLEST);
         let mut best: Option<Action> = None;
-        for slot in draft.held_in(layer, slow).iter().copied().filter(|slot| draft.rows[*slot] > 0.0) {
-            let copies = self.copies(slot);
-            let (per, after) = (draft.per_copy(slot, copies), draft.per_copy(slot, copies + 1));
-            let adds = self.may_add(slot) && self.spares < draft.problem.redundant as usize;
-            for worker in (0..draft.workers).filter(|worker| *worker != slow) {
-                if draft.holds(slot, worker) || !draft.fits(slot, worker) {
-                    continue;
+        for slot in draft.held_in(layer, self.slowest).iter().copied().filter(|slot| draft.rows[*slot] > 0.0) {
+            let able = |worker: &usize| !draft.holds(slot, *worker) && draft.fits(slot, *worker);
+            for worker in idle.iter().copied().filter(able).take(IDLEST) {
+                if self.may_add(slot) && self.spares < draft.problem.redundant as usize {
+                    keep_better(&mut best, self.relieve(slot, worker, true, &idle));
                 }
-                for other in draft.held_in(layer, worker).iter().copied() {
-                    let rows = draft.per_copy(other, self.copies(other));
-                    let target =
-                        |to: &usize| ![slow, worker].contains(to) && !draft.holds(other, *to) && draft.fits(other, *to);
-                    let Some(to) = idle.iter().copied().find(target) else { continue };
-                    // The displaced may land where the busy one lives already, whose part becomes smaller: not counted.
-                    let elsewhere = draft.time(layer, to, rows);
-                    let moved = draft.time(layer, worker, per - rows).max(draft.time(layer, slow, -per));
-                    let added = draft.time(layer, worker, after - rows).max(draft.time(layer, slow, after - per));
-                    let (time, takes) = if adds && added <= moved { (added, false) } else { (moved, true) };
-                    let time = time.max(elsewhere);
-                    let better = best.as_ref().map_or(self.most, |best| best.time) * (1.0 - ROUNDING);
-                    let allowed = |takes: bool| !takes || self.may_replace(slot, slow, worker);
-                    if time < better && self.may_replace(other, worker, to) && allowed(takes) {
-                        let mut steps = vec![
-                            Step::Give { slot: other, worker: to },
-                            Step::Take { slot: other, worker },
-                            Step::Give { slot, worker },
-                        ];
-                        steps.extend(takes.then_some(Step::Take { slot, worker: slow }));
-                        best = Some(Action { steps, time });
-                    }
+                if self.may_replace(slot, self.slowest, worker) {
+                    keep_better(&mut best, self.relieve(slot, worker, false, &idle));
                 }
             }
         }
         best
+    }
+
+    /// The slot for that worker, in addition to the slowest or in its stead, and as many of its own for others of `idle` as
+    /// that takes: until nobody needs longer than half way from what the slowest will need, or all would if rows could be
+    /// spread perfectly, to what the slowest needs now.
+    fn relieve(&self, slot: usize, worker: usize, adds: bool, idle: &[usize]) -> Option<Action> {
+        let (draft, layer, copies) = (self.draft, self.layer, self.copies(slot));
+        let per = draft.per_copy(slot, copies);
+        let (rows, less) = if adds {
+            let after = draft.per_copy(slot, copies + 1);
+            (after, after - per)
+        } else {
+            (per, -per)
+        };
+        let mut longest = draft.time(layer, self.slowest, less);
+        let goal = (longest.max(self.ideal) + self.most) / 2.0;
+        let mut own: Vec<(usize, f64)> =
+            draft.held_in(layer, worker).iter().map(|own| (*own, draft.per_copy(*own, self.copies(*own)))).collect();
+        own.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let (mut more, mut relieved, mut steps) = (rows, Vec::new(), Vec::new());
+        for (own, rows) in own {
+            if draft.time(layer, worker, more) <= goal || relieved.len() == RELIEVED {
+                break;
+            }
+            let takes = |to: &usize| {
+                let free = *to != worker && !relieved.contains(to) && draft.time(layer, *to, rows) <= goal;
+                free && !draft.holds(own, *to) && draft.fits(own, *to) && self.may_replace(own, worker, *to)
+            };
+            let Some(to) = idle.iter().copied().find(takes) else { continue };
+            steps.extend([Step::Give { slot: own, worker: to }, Step::Take { slot: own, worker }]);
+            longest = longest.max(draft.time(layer, to, rows));
+            more -= rows;
+            relieved.push(to);
+        }
+        let time = longest.max(draft.time(layer, worker, more));
+        steps.push(Step::Give { slot, worker });
+        steps.extend((!adds).then_some(Step::Take { slot, worker: self.slowest }));
+        (time <= goal).then_some(Action { steps, time })
     }
 
     fn may_replace(&self, slot: usize, leaves: usize, joins: usize) -> bool {

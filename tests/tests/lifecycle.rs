@@ -48,8 +48,8 @@ async fn serving_outlives_etcd_and_everybody_registers_again() {
     // Leases outlive an etcd that restarts soon enough. These did not.
     let address = cluster.etcd.as_ref().expect("its own").address();
     let mut etcd = etcd_client::Client::connect([address], None).await.expect("etcd is back");
-    let before = eventually("two workers, a router and a leader", async || {
-        Some(leased_keys(&mut etcd, cluster.keys.prefix()).await).filter(|keys| keys.len() == 4)
+    let before = eventually("two workers, a router, its load and a leader", async || {
+        Some(leased_keys(&mut etcd, cluster.keys.prefix()).await).filter(|keys| keys.len() == 5)
     })
     .await;
     for (_, lease) in &before {

@@ -17,6 +17,8 @@ use tracing::warn;
 
 /// Copies that one plan may move at most: moving is paced by plans, so that a better idea need not wait long.
 const MOVES: usize = 256;
+/// What the linter says of one plan, in the log.
+const NOTES_LOGGED: usize = 5;
 /// Rows that must be known per expert, on average, before load says anything.
 const ENOUGH_ROWS: u64 = 8;
 
@@ -75,8 +77,12 @@ impl Policy {
         let problem = Problem { model, workers: &workers, replicas, redundant, load: load.as_ref(), rebalance };
         let Some(plan) = balanced::plan(&problem, state.plan.as_deref())? else { return Ok(None) };
         let notes = lint(&plan, &problem, state.plan.as_deref());
-        for note in notes.iter().filter(|note| note.severity >= Severity::Warning) {
+        let grave = notes.iter().filter(|note| note.severity >= Severity::Warning);
+        for note in grave.clone().take(NOTES_LOGGED) {
             warn!(version = plan.version.0, %note, "plan");
+        }
+        if let Some(more) = grave.count().checked_sub(NOTES_LOGGED).filter(|more| *more > 0) {
+            warn!(version = plan.version.0, more, "plan: see `conclave placement lint`");
         }
         // A plan with a mistake in it is worse than none; one that cannot place everything is still the best there is.
         let mistaken = |rule: &Rule| !matches!(rule, Rule::Unplaced { .. });

@@ -196,6 +196,7 @@ fn rows(n: usize) -> Vec<f32> {
 /// Rows that go where `assignments`, pairs of row and expert, say.
 fn batch(batch_id: u64, n: usize, assignments: &[(u32, u16)]) -> pb::DispatchBatch {
     pb::DispatchBatch {
+        checksum: None,
         batch_id,
         layer: MOE_LAYER,
         plan_version: 1,
@@ -275,6 +276,10 @@ async fn what_is_elsewhere_late_or_wrong_is_refused_and_the_stream_goes_on() {
     assert_eq!(wrong.reason(), pb::RefusedReason::Invalid);
     assert!(wrong.message.contains("layer 0"), "{}", wrong.message);
 
+    let damaged = stream.refusal(pb::DispatchBatch { checksum: Some(1), ..batch(7, 1, &[(0, 0)]) }).await;
+    assert_eq!(damaged.reason(), pb::RefusedReason::Internal);
+    assert!(damaged.message.contains("damaged"), "{}", damaged.message);
+
     let late = stream.refusal(pb::DispatchBatch { deadline_us: 0, ..batch(3, 1, &[(0, 0)]) }).await;
     assert_eq!(late.reason(), pb::RefusedReason::Busy);
     assert!(late.retry_after_us > 0);
@@ -287,7 +292,7 @@ async fn what_is_elsewhere_late_or_wrong_is_refused_and_the_stream_goes_on() {
     assert!(matches!(stream.ask(batch(5, 1, &[(0, 3)])).await, Outcome::Returned(_)));
 
     let inventory = stream.client.get_inventory(pb::GetInventoryRequest {}).await.unwrap().into_inner();
-    assert_eq!((inventory.batches_total, inventory.refused_total, inventory.draining), (2, 3, false));
+    assert_eq!((inventory.batches_total, inventory.refused_total, inventory.draining), (2, 4, false));
     shutdown.begin();
     worker.run(&shutdown).await.unwrap();
 }

@@ -1,4 +1,4 @@
-//! Conclave's wire contracts: one module per protobuf package, their descriptors, and errors as gRPC status.
+//! Conclave's wire contracts: one module per protobuf package, their descriptors, checksums, and errors as gRPC status.
 //!
 //! In: the `.proto` files beside this crate. Out: generated messages, clients and servers, and [`status`].
 //! Never here: behaviour. Generated types stay at the edge of the crate that speaks them.
@@ -34,6 +34,7 @@ pub mod placement {
     }
 }
 
+pub mod integrity;
 pub mod status;
 
 /// The compiled descriptors of every package above, for gRPC reflection.

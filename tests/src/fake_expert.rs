@@ -254,7 +254,7 @@ impl Fake {
             Act::EndStream => return Err(Status::internal("the script ends this stream")),
         };
         self.counts.answered.fetch_add(1, Ordering::Relaxed);
-        Ok(Some(CombineBatch { batch_id, outcome: Some(outcome), queue_us: 0, compute_us: 0 }))
+        Ok(Some(CombineBatch { batch_id, outcome: Some(outcome), queue_us: 0, compute_us: 0, checksum: None }))
     }
 
     /// An answer of the right size in which every value is `value`.

@@ -145,6 +145,7 @@ mod tests {
     /// Two rows; row 1 goes to experts 7 and 0, row 0 to expert 7.
     fn good() -> pb::DispatchBatch {
         pb::DispatchBatch {
+            checksum: None,
             batch_id: 9,
             layer: 2,
             plan_version: 1,

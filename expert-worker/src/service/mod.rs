@@ -13,6 +13,7 @@ use conclave_placement::state::WorkerState;
 use conclave_proto::expert::INCARNATION_METADATA;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_proto::integrity;
 use conclave_proto::status::Failure;
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -143,6 +144,9 @@ impl Parts {
         if self.refusing.is_cancelled() {
             return Err(Refusal::Draining);
         }
+        if message.checksum.is_some_and(|sum| sum != integrity::of_dispatch(message)) {
+            return Err(Refusal::Internal("the batch was damaged on its way".to_owned()));
+        }
         let Decoded { batch, return_encoding } = decode(message, &self.shape).map_err(Refusal::Invalid)?;
         let missing = self.resident.missing(LayerIdx(batch.layer), &batch.expert_ids);
         if !missing.is_empty() {
@@ -228,12 +232,16 @@ impl Parts {
             () = answers.closed() => return,
         };
         let message = match answer {
-            Ok(Answer { outcome: Ok(rows), queued, computed }) => pb::CombineBatch {
-                batch_id,
-                outcome: Some(pb::combine_batch::Outcome::Returned(self.returned(&rows, return_encoding))),
-                queue_us: micros(queued),
-                compute_us: micros(computed),
-            },
+            Ok(Answer { outcome: Ok(rows), queued, computed }) => {
+                let returned = self.returned(&rows, return_encoding);
+                pb::CombineBatch {
+                    batch_id,
+                    checksum: Some(integrity::of_returned(batch_id, &returned)),
+                    outcome: Some(pb::combine_batch::Outcome::Returned(returned)),
+                    queue_us: micros(queued),
+                    compute_us: micros(computed),
+                }
+            }
             Ok(Answer { outcome: Err(refusal), queued, computed }) => self.refused(batch_id, refusal, queued, computed),
             Err(_) => {
                 let gone = Refusal::Internal("the tensor thread has ended".to_owned());
@@ -259,6 +267,7 @@ impl Parts {
         self.metrics.count_refused(&refusal);
         pb::CombineBatch {
             batch_id,
+            checksum: None,
             outcome: Some(pb::combine_batch::Outcome::Refused(refused(refusal))),
             queue_us: micros(queued),
             compute_us: micros(computed),

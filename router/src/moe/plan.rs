@@ -62,12 +62,15 @@ pub struct NoHolder {
 ///
 /// All rows of an expert go to one replica: reading its weights is the cost, so sixteen rows cost as one. Experts are
 /// taken from the most rows to the fewest, and each goes to the holder that would be done first, by its `speed` and what
-/// it has so far; one that the plan wants there before one that holds it still, and one that is late after all others.
+/// it has so far; one that the plan wants there before one that holds it still, and one that is late after all others. Where
+/// all that is equal, `turn` decides, which should be another number each time: otherwise the first by name would get every
+/// row of a step that has few.
 pub fn plan<'a>(
     assignments: &[Assignment],
     holders: impl Fn(u16) -> Holders<'a>,
     standing: impl Fn(u32) -> Standing,
     speed: impl Fn(u32) -> f64,
+    turn: u32,
     most: Most,
 ) -> Result<Vec<Part>, NoHolder> {
     let mut rows_of: BTreeMap<u16, u32> = BTreeMap::new();
@@ -85,8 +88,9 @@ pub fn plan<'a>(
         let able = able.map(|(spare, worker)| ((standing(worker), spare), worker));
         let able = able.filter(|((standing, _), _)| *standing != Standing::Excluded);
         let done = |worker: u32| f64::from(load.get(&worker).copied().unwrap_or(0) + rows) / speed(worker);
-        let first = able
-            .min_by(|(one, a), (other, b)| one.cmp(other).then_with(|| done(*a).total_cmp(&done(*b))).then(a.cmp(b)));
+        let first = able.min_by(|(one, a), (other, b)| {
+            one.cmp(other).then_with(|| done(*a).total_cmp(&done(*b))).then((a ^ turn).cmp(&(b ^ turn)))
+        });
         let (_, worker) = first.ok_or(NoHolder { expert })?;
         *load.entry(worker).or_default() += rows;
         chosen.insert(expert, worker);
@@ -137,6 +141,7 @@ mod tests {
             holders in prop::collection::vec(prop::collection::btree_set(0u32..5, 0..4), 12),
             excluded in prop::collection::vec(0u32..5, 0..2),
             rows in 1usize..8,
+            turn in any::<u32>(),
             most_assignments in 1usize..20,
         ) {
             let most = Most { rows, assignments: most_assignments };
@@ -150,7 +155,7 @@ mod tests {
                 Holders { planned, spare }
             };
             let standing = |worker| if excluded.contains(&worker) { Standing::Excluded } else { Standing::Ready };
-            match plan(&assignments, held, standing, |worker| f64::from(worker + 1), most) {
+            match plan(&assignments, held, standing, |worker| f64::from(worker + 1), turn, most) {
                 Err(NoHolder { expert }) => prop_assert!(!able(expert)),
                 Ok(parts) => {
                     let mut slots: Vec<u32> = Vec::new();
@@ -179,11 +184,23 @@ mod tests {
         let most = Most { rows: 100, assignments: 100 };
         let held = |_| Holders { planned: &[0, 1], spare: &[] };
         let rows = |speeds: [f64; 2]| {
-            let parts = plan(&assignments, held, |_| Standing::Ready, |worker| speeds[worker as usize], most);
+            let parts = plan(&assignments, held, |_| Standing::Ready, |worker| speeds[worker as usize], 0, most);
             parts.expect("held").iter().map(|part| part.rows.len()).collect::<Vec<_>>()
         };
         assert_eq!(rows([1.0, 1.0]), [4, 4]);
         assert_eq!(rows([3.1, 1.0]), [6, 2], "a faster one takes more");
+    }
+
+    #[test]
+    fn single_rows_are_taken_in_turns() {
+        let assignments = [Assignment { slot: 0, row: 0, expert: 0 }];
+        let (held, most) = (|_| Holders { planned: &[0, 2, 5], spare: &[] }, Most { rows: 100, assignments: 100 });
+        let mut counts = [0; 6];
+        for turn in 0..64 {
+            let parts = plan(&assignments, held, |_| Standing::Ready, |_| 1.0, turn, most).expect("held");
+            counts[parts[0].worker as usize] += 1;
+        }
+        assert!([0, 2, 5].iter().all(|worker| counts[*worker] >= 12), "{counts:?}");
     }
 
     #[test]
@@ -192,7 +209,7 @@ mod tests {
         let most = Most { rows: 100, assignments: 100 };
         let chosen = |standings: [Standing; 3]| {
             let held = |_| Holders { planned: &[2], spare: &[0, 1] };
-            let parts = plan(&assignments, held, |worker| standings[worker as usize], |_| 1.0, most);
+            let parts = plan(&assignments, held, |worker| standings[worker as usize], |_| 1.0, 0, most);
             parts.map(|parts| parts[0].worker)
         };
         use Standing::{Avoided, Excluded, Ready};

@@ -7,7 +7,7 @@
 //! holders too, within a budget. The first whole answer counts; both are the same, because expert calls are pure. As long
 //! as its answer is overdue a worker is avoided, so that one that hangs costs a single wait and not one per layer.
 
-use std::time::Duration;
+use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
 use conclave_model::{gate::Routing, wire};
 use conclave_placement::ids::WorkerId;
@@ -213,7 +213,10 @@ impl<'a> Round<'a> {
     ) -> Result<Vec<Part>, plan::NoHolder> {
         let holders = |expert| snapshot.holders(self.layer, expert);
         let speed = |worker: u32| snapshot.workers[worker as usize].speed;
-        plan::plan(assignments, holders, standing, speed, self.exchange.most())
+        // Any number will do that is not in step with the layers.
+        let batches = self.exchange.workers.counters().batches.load(Relaxed);
+        let turn = (batches.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u32;
+        plan::plan(assignments, holders, standing, speed, turn, self.exchange.most())
     }
 
     fn is_passed_over(&self, reach: &Reach) -> bool {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use conclave_model::wire::{self, Encoding};
-use conclave_proto::expert::v1 as pb;
+use conclave_proto::{expert::v1 as pb, integrity};
 
 /// Rows for one worker.
 #[derive(Clone, Debug)]
@@ -50,7 +50,7 @@ impl Dispatch {
             Encoding::Bf16 | Encoding::Fp8Block128 => Encoding::Bf16,
         };
         let weights = self.weights.as_deref().unwrap_or_default();
-        pb::DispatchBatch {
+        let mut message = pb::DispatchBatch {
             batch_id,
             layer: self.layer,
             plan_version: self.plan_version,
@@ -64,7 +64,10 @@ impl Dispatch {
             weights: weights.iter().flat_map(|weight| weight.to_le_bytes()).collect(),
             mode: mode.into(),
             return_encoding: to_proto(back).into(),
-        }
+            checksum: None,
+        };
+        message.checksum = Some(integrity::of_dispatch(&message));
+        message
     }
 }
 
@@ -106,11 +109,15 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-/// An answer as it came, checked against what was asked: `rows` of `hidden` values.
-pub(super) fn from_message(outcome: pb::combine_batch::Outcome, rows: usize, hidden: usize) -> Result<Reply, String> {
-    match outcome {
+/// An answer as it came, checked against its checksum and what was asked: `rows` of `hidden` values.
+pub(super) fn from_message(message: pb::CombineBatch, rows: usize, hidden: usize) -> Result<Reply, String> {
+    let pb::CombineBatch { batch_id, outcome, checksum, .. } = message;
+    match outcome.ok_or("an answer without an outcome")? {
         pb::combine_batch::Outcome::Refused(refused) => Ok(Reply::Refused(refusal(refused))),
         pb::combine_batch::Outcome::Returned(returned) => {
+            if checksum.is_some_and(|sum| sum != integrity::of_returned(batch_id, &returned)) {
+                return Err("rows were damaged on their way".to_owned());
+            }
             let encoding = match returned.encoding() {
                 pb::Encoding::F32 => Encoding::F32,
                 pb::Encoding::Bf16 => Encoding::Bf16,

@@ -36,6 +36,8 @@ use super::{Counters, Pace, codec, probe};
 
 /// Messages between the engine and the socket.
 const SEND_QUEUE: usize = 64;
+/// How long a worker is avoided after a late answer: doubles from the first to the second with each one in a row.
+const TARDY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
 /// Batches that one worker may owe an answer for.
 const UNANSWERED_MAX: usize = 1024;
 /// Until a new stream must have been accepted.
@@ -74,6 +76,25 @@ struct Stream {
     cut: CancellationToken,
     /// Whether anything sound came back over it.
     answered: bool,
+    /// Late answers in a row.
+    tardy: u32,
+    /// Until when it is avoided because of them.
+    avoided_until: Option<Instant>,
+}
+
+impl Stream {
+    /// A sound answer came. A worker that is late again and again is avoided for longer and longer, so that not every
+    /// batch must find out anew; an answer in time clears its name.
+    fn heard(&mut self, waiting: &Waiting, now: Instant) {
+        self.answered = true;
+        if waiting.late_at.is_none_or(|late_at| now < late_at) {
+            (self.tardy, self.avoided_until) = (0, None);
+        } else {
+            let pause = TARDY.0 * (1 << self.tardy.min(16));
+            self.avoided_until = Some(now + pause.min(TARDY.1));
+            self.tardy += 1;
+        }
+    }
 }
 
 /// Why a connection ended.
@@ -149,9 +170,12 @@ impl Link {
         self.0.stream.lock().out.is_some()
     }
 
-    /// Whether it owes an answer that is late.
+    /// Whether it owes an answer that is late, or its last ones were.
     pub fn is_overdue(&self, now: Instant) -> bool {
         let stream = self.0.stream.lock();
+        if stream.avoided_until.is_some_and(|until| now < until) {
+            return true;
+        }
         stream.waiting.values().any(|waiting| waiting.late_at.is_some_and(|late_at| late_at <= now))
     }
 
@@ -323,9 +347,8 @@ impl Link {
             self.0.counters.late.fetch_add(1, Relaxed);
             return Ok(());
         };
-        let outcome = message.outcome.ok_or("an answer without an outcome")?;
-        let reply = codec::from_message(outcome, waiting.rows, self.0.hidden)?;
-        self.0.stream.lock().answered = true;
+        let reply = codec::from_message(message, waiting.rows, self.0.hidden)?;
+        self.0.stream.lock().heard(&waiting, Instant::now());
         if matches!(reply, codec::Reply::Rows(_)) {
             self.0.pace.observe(waiting.assignments, waiting.sent.elapsed());
         }

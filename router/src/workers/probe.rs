@@ -52,8 +52,7 @@ pub(super) async fn ask(
     if message.batch_id != BATCH_ID {
         return Err("an answer to what was not asked".to_owned());
     }
-    let outcome = message.outcome.ok_or("an answer without an outcome")?;
-    match codec::from_message(outcome, 1, hidden)? {
+    match codec::from_message(message, 1, hidden)? {
         Reply::Rows(rows) if rows.iter().all(|value| *value == 0.0) => Ok(()),
         Reply::Rows(_) => Err("a row of zeros came back as something else".to_owned()),
         Reply::Refused(Refusal::Invalid(message)) => Err(message),

@@ -119,9 +119,10 @@ impl<W: Weights> Reconciler<W> {
             let next = self.retiring.front().map(|(at, ..)| *at);
             let wake = again.into_iter().chain(next).min();
             tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
                 changed = view.changed() => if changed.is_err() { break },
                 () = sleep_until(wake) => {}
-                () = stop.cancelled() => break,
             }
         }
         self.weights.close().await;

@@ -85,14 +85,17 @@ pub fn unsettled(
     if let Some(behind) = state.routers.values().find(|router| router.plan_version != plan.version) {
         return Some(format!("{} dispatches by plan {}, not {}", behind.id, behind.plan_version, plan.version));
     }
-    incomplete(scenario, plan, &candidates(state)).or_else(|| misplaced(plan, state, held))
+    let workers = candidates(state);
+    // Where not everything fits, a worker may keep what the plan gives to nobody instead of what it gives to it.
+    let fits = fits(scenario, &workers);
+    incomplete(scenario, plan, &workers, fits).or_else(|| fits.then(|| misplaced(plan, state, held)).flatten())
 }
 
 /// What a plan still lacks, where memory allows more.
-fn incomplete(scenario: &Scenario, plan: &Plan, workers: &[PlannerWorker]) -> Option<String> {
+fn incomplete(scenario: &Scenario, plan: &Plan, workers: &[PlannerWorker], fits: bool) -> Option<String> {
     let notes = judged(scenario, plan, None, workers);
     let lacking = |note: &&Note| match note.rule {
-        Rule::Unplaced { .. } => fits(scenario, workers),
+        Rule::Unplaced { .. } => fits,
         Rule::TooFewReplicas { .. } | Rule::UnknownWorker { .. } => true,
         _ => note.severity == Severity::Error,
     };

@@ -3,7 +3,7 @@
 //! In: calls of the code under test, the weather over this process. Out: the depot's answers, late, lost before or lost
 //! after they happened; watches that lag and end. Never here: a lie. What is answered did happen, in the store's order.
 
-use std::{fmt, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use conclave_placement::store::{
@@ -18,7 +18,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::depot::Order;
+use crate::{depot::Order, scenario::chance_of};
 
 /// Every call ends within this time, as those of the store of etcd do.
 const CALL_LIMIT: Duration = Duration::from_secs(3);
@@ -28,8 +28,10 @@ const CALL_LIMIT: Duration = Duration::from_secs(3);
 pub struct Weather {
     /// Whether anything comes through at all.
     pub reachable: bool,
-    /// Whether calls are lost, and some are very late.
-    pub rough: bool,
+    /// Whether what is watched comes through.
+    pub watching: bool,
+    /// Of a thousand calls, how many are lost before and how many after they happened; as many are very late.
+    pub losses: u32,
     /// Grows when all open watches of this process end.
     pub broken_watches: u32,
 }
@@ -39,7 +41,9 @@ pub struct Weather {
 pub struct Link {
     orders: mpsc::Sender<Order>,
     weather: watch::Receiver<Weather>,
-    chance: Arc<Mutex<SmallRng>>,
+    seed: u64,
+    /// How often each thing was drawn for. So no call's fate depends on which other one came first.
+    drawn: Arc<Mutex<BTreeMap<String, u32>>>,
 }
 
 /// Where a call is lost.
@@ -66,42 +70,54 @@ impl fmt::Debug for Link {
 }
 
 impl Link {
-    pub fn new(orders: mpsc::Sender<Order>, weather: watch::Receiver<Weather>, chance: SmallRng) -> Self {
-        Self { orders, weather, chance: Arc::new(Mutex::new(chance)) }
+    pub fn new(orders: mpsc::Sender<Order>, weather: watch::Receiver<Weather>, seed: u64) -> Self {
+        Self { orders, weather, seed, drawn: Arc::default() }
     }
 
-    fn latency(&self) -> Duration {
-        let rough = self.weather.borrow().rough;
-        let mut chance = self.chance.lock();
-        let slow = rough && chance.random_bool(0.02);
+    fn chance(&self, call: &str, key: &str) -> SmallRng {
+        let purpose = format!("{call} {key}");
+        let mut drawn = self.drawn.lock();
+        let count = drawn.entry(purpose.clone()).or_default();
+        *count += 1;
+        chance_of(self.seed, &purpose, *count)
+    }
+
+    fn latency(&self, chance: &mut SmallRng) -> Duration {
+        let losses = self.weather.borrow().losses;
+        let slow = chance.random_ratio(losses, 1000);
         Duration::from_millis(if slow { chance.random_range(200..2000) } else { chance.random_range(1..30) })
     }
 
-    fn fate(&self) -> Fate {
-        let (there, back) = (self.latency(), self.latency());
-        let rough = self.weather.borrow().rough;
-        let mut chance = self.chance.lock();
-        let loss = match chance.random_range(0..100) {
-            0 | 1 if rough => Loss::BeforeItHappens,
-            2 | 3 if rough => Loss::AfterItHappened,
+    fn fate(&self, call: &str, key: &str) -> Fate {
+        let mut chance = self.chance(call, key);
+        let (there, back) = (self.latency(&mut chance), self.latency(&mut chance));
+        let losses = self.weather.borrow().losses;
+        let loss = match chance.random_range(0..1000) {
+            drawn if drawn < losses => Loss::BeforeItHappens,
+            drawn if drawn < losses * 2 => Loss::AfterItHappened,
             _ => Loss::None,
         };
         Fate { there, back, loss, is_noticed: chance.random() }
     }
 
-    /// Comes back when something can come through.
-    async fn reach(&self) {
-        if self.weather.clone().wait_for(|weather| weather.reachable).await.is_err() {
+    /// Comes back when the weather allows.
+    async fn wait_for(&self, allows: impl FnMut(&Weather) -> bool) {
+        if self.weather.clone().wait_for(allows).await.is_err() {
             std::future::pending::<()>().await;
         }
+    }
+
+    async fn reach(&self) {
+        self.wait_for(|weather| weather.reachable).await;
     }
 
     async fn call<T: Send + 'static>(
         &self,
         call: &'static str,
+        key: &str,
         operation: impl FnOnce(MemoryStore) -> BoxFuture<'static, Result<T>> + Send + 'static,
     ) -> Result<T> {
-        let fate = self.fate();
+        let fate = self.fate(call, key);
         let unavailable = |message: &str| Err(Error::Unavailable { call, message: message.to_owned() });
         if fate.is_noticed && !self.weather.borrow().reachable {
             sleep(fate.there).await;
@@ -145,6 +161,7 @@ impl Link {
 struct Watching {
     events: WatchStream,
     link: Link,
+    chance: SmallRng,
     broken_before: u32,
 }
 
@@ -157,8 +174,8 @@ impl Watching {
             _ = weather.wait_for(|weather| weather.broken_watches != broken_before) => Err(Error::Closed),
             batch = async {
                 let batch = self.events.next().await?;
-                sleep(self.link.latency()).await;
-                self.link.reach().await;
+                sleep(self.link.latency(&mut self.chance)).await;
+                self.link.wait_for(|weather| weather.reachable && weather.watching).await;
                 Ok(batch)
             } => batch,
         }
@@ -168,13 +185,13 @@ impl Watching {
 #[async_trait::async_trait]
 impl Store for Link {
     async fn get(&self, key: &str) -> Result<Option<Entry>> {
-        let key = key.to_owned();
-        self.call("get", |store| async move { store.get(&key).await }.boxed()).await
+        let (key, named) = (key.to_owned(), key);
+        self.call("get", named, |store| async move { store.get(&key).await }.boxed()).await
     }
 
     async fn list(&self, prefix: &str) -> Result<Listing> {
-        let prefix = prefix.to_owned();
-        self.call("list", |store| async move { store.list(&prefix).await }.boxed()).await
+        let (prefix, named) = (prefix.to_owned(), prefix);
+        self.call("list", named, |store| async move { store.list(&prefix).await }.boxed()).await
     }
 
     async fn compare_and_put(
@@ -184,33 +201,33 @@ impl Store for Link {
         value: Bytes,
         lease: Option<LeaseId>,
     ) -> Result<CasOutcome> {
-        let key = key.to_owned();
+        let (key, named) = (key.to_owned(), key);
         let put =
             move |store: MemoryStore| async move { store.compare_and_put(&key, expected, value, lease).await }.boxed();
-        self.call("compare_and_put", put).await
+        self.call("compare_and_put", named, put).await
     }
 
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<i64> {
-        let key = key.to_owned();
-        self.call("put", move |store| async move { store.put(&key, value, lease).await }.boxed()).await
+        let (key, named) = (key.to_owned(), key);
+        self.call("put", named, move |store| async move { store.put(&key, value, lease).await }.boxed()).await
     }
 
     async fn delete(&self, key: &str) -> Result<bool> {
-        let key = key.to_owned();
-        self.call("delete", |store| async move { store.delete(&key).await }.boxed()).await
+        let (key, named) = (key.to_owned(), key);
+        self.call("delete", named, |store| async move { store.delete(&key).await }.boxed()).await
     }
 
     async fn delete_prefix(&self, prefix: &str) -> Result<u64> {
-        let prefix = prefix.to_owned();
-        self.call("delete_prefix", |store| async move { store.delete_prefix(&prefix).await }.boxed()).await
+        let (prefix, named) = (prefix.to_owned(), prefix);
+        self.call("delete_prefix", named, |store| async move { store.delete_prefix(&prefix).await }.boxed()).await
     }
 
     async fn watch(&self, prefix: &str, from_revision: i64) -> Result<WatchStream> {
-        let prefix = prefix.to_owned();
-        let broken_before = self.weather.borrow().broken_watches;
+        let (broken_before, chance) = (self.weather.borrow().broken_watches, self.chance("events", prefix));
+        let (prefix, asked) = (prefix.to_owned(), prefix);
         let open = move |store: MemoryStore| async move { store.watch(&prefix, from_revision).await }.boxed();
-        let events = self.call("watch", open).await?;
-        let watching = Watching { events, link: self.clone(), broken_before };
+        let events = self.call("watch", asked, open).await?;
+        let watching = Watching { events, link: self.clone(), chance, broken_before };
         let batches = stream::unfold(Some(watching), |watching| async move {
             let mut watching = watching?;
             let batch = watching.next().await;
@@ -221,14 +238,14 @@ impl Store for Link {
     }
 
     async fn grant(&self, ttl: Duration) -> Result<LeaseId> {
-        self.call("grant", move |store| async move { store.grant(ttl).await }.boxed()).await
+        self.call("grant", "", move |store| async move { store.grant(ttl).await }.boxed()).await
     }
 
     async fn keep_alive(&self, lease: LeaseId) -> Result<KeepAlive> {
-        self.call("keep_alive", move |store| async move { store.keep_alive(lease).await }.boxed()).await
+        self.call("keep_alive", "", move |store| async move { store.keep_alive(lease).await }.boxed()).await
     }
 
     async fn revoke(&self, lease: LeaseId) -> Result<()> {
-        self.call("revoke", move |store| async move { store.revoke(lease).await }.boxed()).await
+        self.call("revoke", "", move |store| async move { store.revoke(lease).await }.boxed()).await
     }
 }

@@ -31,8 +31,7 @@ fn what_is_done_wrong_on_purpose_is_noticed() {
         (Sabotage::Boasting, "into memory"),
         (Sabotage::LooseCannon, "as its parent"),
     ] {
-        let noticed =
-            |seed| live(Scenario::of(seed), sabotage).err().is_some_and(|failure| failure.what.contains(breach));
+        let noticed = |seed| live(Scenario::of(seed), sabotage).breach.is_some_and(|what| what.contains(breach));
         assert!((0..40).any(noticed), "{sabotage:?} went unnoticed");
     }
 }

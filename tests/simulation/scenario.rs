@@ -2,7 +2,7 @@
 //!
 //! In: a seed. Out: a [`Scenario`], the same for the same seed. Never here: anything that runs.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use conclave_placement::{
     ids::{LayerIdx, WorkerId},
@@ -28,6 +28,8 @@ pub struct Scenario {
     pub routers: usize,
     /// Ascending by time.
     pub faults: Vec<(Duration, Fault)>,
+    /// Of a thousand calls, how many are lost before they happen, and how many after. Of watches and calls, how many are late.
+    pub losses: u32,
     /// From here on nothing is lost, cut off or slow, and what was crashed runs.
     pub calm_again: Duration,
 }
@@ -48,17 +50,61 @@ pub struct Worker {
 /// What is done to the cluster. Workers and routers are named by their places in the scenario.
 #[derive(Clone, Copy, Debug)]
 pub enum Fault {
-    CrashWorker { worker: usize, down: Duration },
-    CrashRouter { router: usize, down: Duration },
-    CrashLeader { down: Duration },
-    CutWorker { worker: usize, off: Duration },
-    CutRouter { router: usize, off: Duration },
+    CrashWorker {
+        worker: usize,
+        down: Duration,
+    },
+    CrashRouter {
+        router: usize,
+        down: Duration,
+    },
+    CrashLeader {
+        down: Duration,
+    },
+    CutWorker {
+        worker: usize,
+        off: Duration,
+    },
+    CutRouter {
+        router: usize,
+        off: Duration,
+    },
     BreakWatches,
-    PauseStore { time: Duration },
+    /// What it watches comes late, while what it calls works.
+    LagWorker {
+        worker: usize,
+        off: Duration,
+    },
+    LagRouter {
+        router: usize,
+        off: Duration,
+    },
+    PauseStore {
+        time: Duration,
+    },
     CompactStore,
-    DrainWorker { worker: usize },
-    DeleteWorkerRecord { worker: usize },
+    DrainWorker {
+        worker: usize,
+    },
+    /// One that has left comes again.
+    StartWorker {
+        worker: usize,
+    },
+    DeleteWorkerRecord {
+        worker: usize,
+    },
     ShiftLoad,
+}
+
+impl fmt::Display for Scenario {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { model, policy, workers, routers, ttl, losses, .. } = self;
+        let rooms: Vec<usize> = workers.iter().map(|worker| worker.room).collect();
+        let (layers, experts, replicas) = (model.moe_layers.len(), model.experts, policy.replicas);
+        write!(f, "{layers} layers of {experts} experts, {replicas} replicas, redundant {:?}, ", policy.redundant)?;
+        write!(f, "rooms {rooms:?}, {routers} routers, rebalance every {:?}, ", policy.rebalance.period)?;
+        write!(f, "ttl {ttl:?}, {losses} losses in 1000")
+    }
 }
 
 impl Scenario {
@@ -76,22 +122,20 @@ impl Scenario {
             expert_bytes: EXPERT_BYTES,
         };
         let policy = policy(&mut chance);
-        let calm_again = CALM + Duration::from_millis(chance.random_range(10_000..30_000));
+        let calm_again = CALM + Duration::from_millis(chance.random_range(10_000..40_000));
         let workers = workers(&mut chance, (layers * experts) as usize, policy.replicas as usize, calm_again);
         let routers = chance.random_range(1..=3);
         let faults = faults(&mut chance, workers.len(), routers, calm_again);
         let ttl = Duration::from_millis(chance.random_range(2_000..6_000));
-        Self { seed, model, policy, ttl, workers, routers, faults, calm_again }
+        let losses = *[0, 10, 20, 80].choose(&mut chance).unwrap_or(&0);
+        Self { seed, model, policy, ttl, workers, routers, faults, losses, calm_again }
     }
+}
 
-    /// Chance for one purpose, which no other purpose can disturb.
-    pub fn chance(&self, purpose: &str, run: u32) -> SmallRng {
-        let mut state = self.seed ^ (u64::from(run) << 48);
-        for byte in purpose.bytes() {
-            state = (state ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
-        }
-        SmallRng::seed_from_u64(state)
-    }
+/// Chance for one purpose, which no other purpose can disturb.
+pub fn chance_of(seed: u64, purpose: &str, count: u32) -> SmallRng {
+    let mix = |state: u64, byte: u8| (state ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+    SmallRng::seed_from_u64(purpose.bytes().fold(seed ^ (u64::from(count) << 40), mix))
 }
 
 fn policy(chance: &mut SmallRng) -> Policy {
@@ -137,28 +181,36 @@ fn workers(chance: &mut SmallRng, experts: usize, replicas: usize, calm_again: D
         .collect()
 }
 
+/// Any of them at any time, but for clusters in which nothing crashes: there, nothing excuses an expert without a holder.
 fn faults(chance: &mut SmallRng, workers: usize, routers: usize, end: Duration) -> Vec<(Duration, Fault)> {
-    let count = chance.random_range(2..=10);
+    let count = chance.random_range(3..=16);
+    let crashes = chance.random_bool(0.6);
     let mut drains = 0;
     let mut faults: Vec<(Duration, Fault)> = (0..count)
         .map(|_| {
             let mut seconds = |most: u64| Duration::from_millis(chance.random_range(300..most * 1000));
-            let (short, long) = (seconds(6), seconds(10));
+            let (short, long) = (seconds(5), seconds(10));
             let (worker, router) = (chance.random_range(0..workers), chance.random_range(0..routers));
-            let fault = match chance.random_range(0..20) {
-                0..=3 => Fault::CrashWorker { worker, down: long },
-                4 => Fault::CrashRouter { router, down: long },
-                5 | 6 => Fault::CrashLeader { down: long },
-                7 | 8 => Fault::CutWorker { worker, off: long },
-                9 | 10 => Fault::CutRouter { router, off: long },
-                11 => Fault::BreakWatches,
-                12 => Fault::PauseStore { time: short },
-                13 => Fault::CompactStore,
-                14 => Fault::DeleteWorkerRecord { worker },
+            let fault = match chance.random_range(if crashes { 0 } else { 6 }..27) {
+                0..=2 => Fault::CrashWorker { worker, down: long },
+                3 => Fault::CrashRouter { router, down: long },
+                4 | 5 => Fault::CrashLeader { down: long },
+                6 | 7 => Fault::CutWorker { worker, off: long },
+                8 | 9 => Fault::CutRouter { router, off: long },
+                10 | 11 => Fault::LagWorker { worker, off: short },
+                12 => Fault::LagRouter { router, off: short },
+                13 => Fault::BreakWatches,
+                14 => Fault::PauseStore { time: short },
+                15 => Fault::CompactStore,
+                16 => Fault::DeleteWorkerRecord { worker },
                 // Somebody must stay.
-                15..=17 if drains + 1 < workers => {
+                17..=20 if drains + 1 < workers => {
                     drains += 1;
                     Fault::DrainWorker { worker }
+                }
+                21 | 22 => {
+                    drains = drains.saturating_sub(1);
+                    Fault::StartWorker { worker }
                 }
                 _ => Fault::ShiftLoad,
             };

@@ -7,14 +7,15 @@ use std::{
     env,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use parking_lot::Mutex;
 
 use crate::{
     scenario::Scenario,
-    world::{Failure, Sabotage, live},
+    witness::Tally,
+    world::{Outcome, Sabotage, live},
 };
 
 const SEEDS: u64 = 1000;
@@ -29,7 +30,7 @@ pub fn run() {
         None => (0, number(HOW_MANY).unwrap_or(SEEDS)),
     };
     let next = AtomicU64::new(first);
-    let (failures, tallies) = (Mutex::new(Vec::new()), Mutex::new(Vec::new()));
+    let outcomes = Mutex::new(Vec::new());
     let began = Instant::now();
     let work = || {
         loop {
@@ -37,27 +38,36 @@ pub fn run() {
             if seed >= end {
                 return;
             }
-            match live(Scenario::of(seed), Sabotage::None) {
-                Ok(tally) => tallies.lock().push(tally),
-                Err(failure) => failures.lock().push(failure),
+            let mut outcome = live(Scenario::of(seed), Sabotage::None);
+            if outcome.breach.is_none() && end - first > 1 {
+                outcome.story.clear();
             }
+            outcomes.lock().push(outcome);
         }
     };
     // More threads than cores: each waits now and then for a planner on another one.
     let threads = 2 * thread::available_parallelism().map_or(1, usize::from);
     thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
-    let tallies = tallies.into_inner();
-    let sum = |of: fn(&crate::witness::Tally) -> u64| tallies.iter().map(of).sum::<u64>();
+    let mut outcomes = outcomes.into_inner();
+    outcomes.sort_by_key(|outcome| outcome.seed);
+    report(&outcomes, began.elapsed());
+}
+
+fn report(outcomes: &[Outcome], took: Duration) {
+    let sum = |of: fn(&Tally) -> u64| outcomes.iter().map(|outcome| of(&outcome.tally)).sum::<u64>();
     let (plans, loaded, let_go, left) = (sum(|t| t.plans), sum(|t| t.loaded), sum(|t| t.let_go), sum(|t| t.left));
-    let seconds = began.elapsed().as_secs_f64();
-    println!("{} seeds in {seconds:.1} s: {plans} plans, {loaded} loads, {let_go} let go, {left} left", tallies.len());
-    let mut failures = failures.into_inner();
-    failures.sort_by_key(|failure| failure.seed);
-    for Failure { seed, what, .. } in &failures {
-        println!("seed {seed}: {what}");
+    let (seeds, seconds) = (outcomes.len(), took.as_secs_f64());
+    println!("{seeds} seeds in {seconds:.1} s: {plans} plans, {loaded} loads, {let_go} let go, {left} left");
+    if let [Outcome { seed, story, breach: None, .. }] = outcomes {
+        println!("What happened with seed {seed}:\n{story}");
     }
-    if let Some(Failure { seed, what, story }) = failures.first() {
+    let failed: Vec<(&Outcome, &String)> =
+        outcomes.iter().filter_map(|outcome| Some((outcome, outcome.breach.as_ref()?))).collect();
+    for (Outcome { seed, .. }, breach) in &failed {
+        println!("seed {seed}: {breach}");
+    }
+    if let Some((Outcome { seed, story, .. }, breach)) = failed.first() {
         let alone = format!("{WHICH}={seed} cargo test -p conclave-tests --test simulation");
-        panic!("seed {seed}: {what}\nWhat led to it:\n{story}To run it alone: {alone}");
+        panic!("seed {seed}: {breach}\nWhat led to it:\n{story}To run it alone: {alone}");
     }
 }

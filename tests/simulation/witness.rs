@@ -106,6 +106,16 @@ impl Witness {
         seen.story.iter().map(line).collect()
     }
 
+    /// What each worker holds.
+    pub fn holdings(&self) -> String {
+        let seen = self.seen.lock();
+        let experts = |held: &Residency| {
+            held.iter().map(|(layer, expert)| format!("{layer}/{expert}")).collect::<Vec<_>>().join(" ")
+        };
+        let lines = seen.held.iter().map(|(id, held)| format!("{id} holds {}", experts(held)));
+        lines.collect::<Vec<_>>().join("; ")
+    }
+
     /// The store's own state, at this moment.
     pub fn state(&self) -> ClusterState {
         self.seen.lock().state.clone()

@@ -177,9 +177,9 @@ impl Names {
 impl Weights for Names {
     async fn bring(&self, layer: LayerIdx, id: ExpertId) -> Result<(), Error> {
         self.witness.begins_to_load(&self.worker, (layer, id));
-        let (time, rough) = (self.time(), self.weather.borrow().rough);
+        let (time, losses) = (self.time(), self.weather.borrow().losses);
         sleep(time).await;
-        if rough && self.chance.lock().random_bool(0.05) {
+        if self.chance.lock().random_ratio(losses, 1000) {
             return Err(tensor_thread::Error::Panicked("as the seed wants it".into()).into());
         }
         self.witness.holds(&self.worker, (layer, id));

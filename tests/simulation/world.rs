@@ -1,6 +1,6 @@
 //! The world of one seed: hosts are started, broken and mended as the scenario says, and the witness is asked at each step.
 //!
-//! In: a scenario. Out: what happened in numbers, or the first breach with its story. Never here: a rule of the cluster.
+//! In: a scenario. Out: what happened, in numbers and as a story, and the first breach. Never here: a rule of the cluster.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
@@ -14,13 +14,14 @@ use conclave_placement::{
 };
 use futures::FutureExt;
 use parking_lot::Mutex;
+use rand::RngCore;
 use tokio::sync::{mpsc, watch};
 
 use crate::{
     depot::{self, ORDERS, Order},
     link::{Link, Weather},
     router,
-    scenario::{Fault, Scenario},
+    scenario::{Fault, Scenario, chance_of},
     witness::{End, Tally, Witness},
     worker,
 };
@@ -34,7 +35,7 @@ const LOOK_EVERY: u32 = 10;
 /// How long nothing may change for it to count as settled, beside the time in which experts may move.
 const STILL: Duration = Duration::from_secs(4);
 
-const CALM: Weather = Weather { reachable: true, rough: false, broken_watches: 0 };
+const CALM: Weather = Weather { reachable: true, watching: true, losses: 0, broken_watches: 0 };
 
 /// What is wrong on purpose, for the proof that it would be noticed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,26 +49,27 @@ pub enum Sabotage {
     LooseCannon,
 }
 
-/// A seed that went wrong.
+/// How a seed went.
 #[derive(Debug)]
-pub struct Failure {
+pub struct Outcome {
     pub seed: u64,
-    pub what: String,
+    pub tally: Tally,
+    /// What was broken, if anything.
+    pub breach: Option<String>,
+    /// The latest of what happened.
     pub story: String,
 }
 
 /// Lives through one scenario.
-pub fn live(scenario: Scenario, sabotage: Sabotage) -> Result<Tally, Failure> {
+pub fn live(scenario: Scenario, sabotage: Sabotage) -> Outcome {
     let scenario = Arc::new(scenario);
     let witness = Arc::new(Witness::new(Arc::clone(&scenario)));
     let seed = scenario.seed;
     // Names of runs and waits between tries are drawn from it.
     chance::repeat(seed);
     let outcome = World::new(scenario, Arc::clone(&witness), sabotage).run();
-    match outcome.err().or_else(|| witness.breach()) {
-        Some(what) => Err(Failure { seed, what, story: witness.story() }),
-        None => Ok(witness.tally()),
-    }
+    let breach = outcome.err().or_else(|| witness.breach());
+    Outcome { seed, tally: witness.tally(), breach, story: witness.story() }
 }
 
 struct World {
@@ -87,6 +89,7 @@ struct World {
 enum Mend {
     Start(String),
     Reach(String),
+    Watch(String),
 }
 
 fn router_id(place: usize) -> RouterId {
@@ -120,6 +123,7 @@ impl World {
     }
 
     fn run(mut self) -> Result<(), String> {
+        self.witness.tell(self.scenario.to_string());
         for place in 0..self.scenario.routers {
             self.add_router(place);
         }
@@ -141,7 +145,7 @@ impl World {
             self.write_orphan();
         }
         self.mend(Duration::MAX);
-        self.weather.values().for_each(|weather| weather.send_modify(|weather| weather.rough = false));
+        self.weather.values().for_each(|weather| weather.send_modify(|weather| weather.losses = 0));
         self.witness.tell("calm again");
         self.settle()
     }
@@ -162,6 +166,7 @@ impl World {
             for _ in 0..LOOK_EVERY {
                 self.step()?;
             }
+            self.somebody_must_work();
             let (now, state) = (self.sim.elapsed(), self.witness.state());
             let unsettled = self.witness.unsettled();
             let version = state.plan.as_ref().map(|plan| plan.version);
@@ -174,13 +179,14 @@ impl World {
             }
             if now > patience {
                 let what = unsettled.unwrap_or_else(|| format!("plans keep coming, the latest is {plan:?}"));
+                self.witness.tell(format!("in the end: {}", self.witness.holdings()));
                 return Err(format!("not settled after {PATIENCE:?}: {what}"));
             }
         }
     }
 
     fn weather_over(&mut self, name: &str) -> watch::Receiver<Weather> {
-        let rough = Weather { rough: true, ..CALM };
+        let rough = Weather { losses: self.scenario.losses, ..CALM };
         self.weather.entry(name.to_owned()).or_insert_with(|| watch::Sender::new(rough)).subscribe()
     }
 
@@ -195,14 +201,18 @@ impl World {
         let (runs, is_credulous) = (Mutex::new(0), self.sabotage == Sabotage::CredulousWorkers);
         self.sim.host(name.clone(), move || {
             let run = next(&runs);
-            let link = Link::new(orders.clone(), weather.clone(), scenario.chance(&format!("{name} link"), run));
+            let link = Link::new(
+                orders.clone(),
+                weather.clone(),
+                chance_of(scenario.seed, &format!("{name} link"), run).next_u64(),
+            );
             let run = worker::Run {
                 scenario: Arc::clone(&scenario),
                 worker: worker.clone(),
                 keys: keys.clone(),
                 link,
                 weather: weather.clone(),
-                chance: scenario.chance(&name, run),
+                chance: chance_of(scenario.seed, &name, run),
                 witness: Arc::clone(&witness),
                 is_credulous,
             };
@@ -218,14 +228,18 @@ impl World {
         let (runs, favourite) = (Mutex::new(0), self.favourite.subscribe());
         self.sim.host(name.clone(), move || {
             let run = next(&runs);
-            let link = Link::new(orders.clone(), weather.clone(), scenario.chance(&format!("{name} link"), run));
+            let link = Link::new(
+                orders.clone(),
+                weather.clone(),
+                chance_of(scenario.seed, &format!("{name} link"), run).next_u64(),
+            );
             let run = router::Run {
                 scenario: Arc::clone(&scenario),
                 id: id.clone(),
                 keys: keys.clone(),
                 link,
                 favourite: favourite.clone(),
-                chance: scenario.chance(&name, run),
+                chance: chance_of(scenario.seed, &name, run),
                 witness: Arc::clone(&witness),
             };
             run.run()
@@ -251,12 +265,20 @@ impl World {
             }
             Fault::CutWorker { worker: place, off } => self.cut(worker(place).as_str(), now + off),
             Fault::CutRouter { router, off } => self.cut(router_id(router).as_str(), now + off),
+            Fault::LagWorker { worker: place, off } => self.lag(worker(place).as_str(), now + off),
+            Fault::LagRouter { router, off } => self.lag(router_id(router).as_str(), now + off),
             Fault::BreakWatches => {
                 self.weather.values().for_each(|weather| weather.send_modify(|weather| weather.broken_watches += 1));
             }
             Fault::PauseStore { time } => self.order(Order::Pause(time)),
             Fault::CompactStore => self.compact(),
             Fault::DrainWorker { worker: place } => self.drain(place),
+            Fault::StartWorker { worker: place } => {
+                let name = worker(place).to_string();
+                if self.weather.contains_key(&name) && !self.sim.is_host_running(&*name) {
+                    self.sim.bounce(name);
+                }
+            }
             Fault::DeleteWorkerRecord { worker: place } => {
                 let key = self.keys.worker(&worker(place));
                 self.do_in_store(async move |store| drop(store.delete(&key).await));
@@ -272,9 +294,21 @@ impl World {
         let due: Vec<(Duration, Mend)> = due;
         for (_, mend) in due {
             match mend {
+                // It may have been started meanwhile.
+                Mend::Start(name) if self.is_running(&name) => {}
                 Mend::Start(name) => self.sim.bounce(name),
+                Mend::Watch(name) => self.weather[&name].send_modify(|weather| weather.watching = true),
                 Mend::Reach(name) => self.weather[&name].send_modify(|weather| weather.reachable = true),
             }
+        }
+    }
+
+    /// Starts a worker where none is left.
+    fn somebody_must_work(&mut self) {
+        let names: Vec<String> = self.scenario.workers.iter().map(|worker| worker.id.to_string()).collect();
+        let left = names.iter().any(|name| self.is_running(name));
+        if let (false, Some(name)) = (left, names.first()) {
+            self.sim.bounce(name.as_str());
         }
     }
 
@@ -302,6 +336,13 @@ impl World {
         if let Some(weather) = self.weather.get(name) {
             weather.send_modify(|weather| weather.reachable = false);
             self.mending.push((until, Mend::Reach(name.to_owned())));
+        }
+    }
+
+    fn lag(&mut self, name: &str, until: Duration) {
+        if let Some(weather) = self.weather.get(name) {
+            weather.send_modify(|weather| weather.watching = false);
+            self.mending.push((until, Mend::Watch(name.to_owned())));
         }
     }
 

@@ -119,9 +119,10 @@ impl<W: Weights> Reconciler<W> {
             let next = self.retiring.front().map(|(at, ..)| *at);
             let wake = again.into_iter().chain(next).min();
             tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
                 changed = view.changed() => if changed.is_err() { break },
                 () = sleep_until(wake) => {}
-                () = stop.cancelled() => break,
             }
         }
         self.weights.close().await;
@@ -163,6 +164,9 @@ impl<W: Weights> Reconciler<W> {
             }
         }
         self.publish();
+        // Also where something is missing: what is here stays for as long as this plan is in force, so others may let go of
+        // it. Two full workers would otherwise wait for each other for ever.
+        let is_news = self.registration.acted_on(plan.version);
         if failed > 0 {
             return Pass::Failed;
         }
@@ -173,7 +177,7 @@ impl<W: Weights> Reconciler<W> {
             }
             return Pass::Full;
         }
-        if self.registration.acted_on(plan.version) {
+        if is_news {
             let (resident, seconds) = (self.resident.snapshot().count, started.elapsed().as_secs_f64());
             tracing::info!(plan = %plan.version, loaded = total, resident, seconds, "experts follow the plan");
         }

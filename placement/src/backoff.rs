@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use crate::chance;
+
 const FIRST: Duration = Duration::from_millis(50);
 const CAP: Duration = Duration::from_secs(2);
 
@@ -21,7 +23,7 @@ impl Backoff {
     pub(crate) fn next(&mut self) -> Duration {
         let whole = self.next;
         self.next = (whole * 2).min(CAP);
-        whole.mul_f64(rand::random_range(0.5..=1.0))
+        whole.mul_f64(chance::draw(0.5..=1.0))
     }
 
     pub(crate) fn reset(&mut self) {

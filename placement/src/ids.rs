@@ -7,6 +7,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::chance;
+
 /// The longest name, in characters: a DNS label's limit, so that pod names fit.
 pub const MAX_NAME: usize = 63;
 
@@ -107,7 +109,7 @@ pub struct Incarnation(u64);
 impl Incarnation {
     /// A new one, drawn at random.
     pub fn fresh() -> Self {
-        Self(rand::random_range(1..=u64::MAX))
+        Self(chance::draw(1..=u64::MAX))
     }
 
     /// One that was written down; `None` for 0.

@@ -6,6 +6,9 @@
 //!
 //! The README beside this crate states the properties the planner, the store, membership and the view keep.
 
+// What names and waits are drawn from.
+pub mod chance;
+
 // What is said of a cluster.
 pub mod ids;
 pub mod load;

@@ -151,6 +151,7 @@ impl Member {
         let mut stale = false;
         loop {
             let changed = tokio::select! {
+                biased;
                 () = registration.lease.due() => false,
                 changed = self.latest.changed(), if !stale => changed.is_ok(),
             };

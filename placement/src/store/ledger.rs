@@ -10,6 +10,8 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use crate::chance;
+
 use super::{Entry, Event, LeaseId, MAX_VALUE};
 
 const MAX_KEY: usize = 1024;
@@ -373,7 +375,7 @@ impl Ledger {
         if self.leases.len() >= MAX_LEASES {
             return Err(Refusal::Full("too many leases"));
         }
-        let id = id.unwrap_or_else(|| LeaseId(rand::random_range(1..=i64::MAX)));
+        let id = id.unwrap_or_else(|| LeaseId(chance::draw(1..=i64::MAX)));
         if self.leases.contains_key(&id) {
             return Err(Refusal::LeaseTaken(id));
         }

@@ -85,6 +85,7 @@ async fn expire(shared: Arc<Shared>, token: CancellationToken) {
             }
         };
         tokio::select! {
+            biased;
             () = token.cancelled() => return,
             () = shared.leases_changed.notified() => {}
             () = over => shared.ledger.lock().expire(Instant::now()),

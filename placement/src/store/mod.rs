@@ -189,7 +189,8 @@ pub struct WatchStream {
 }
 
 impl WatchStream {
-    pub(crate) fn new(batches: impl Stream<Item = Result<Vec<Event>>> + Send + 'static) -> Self {
+    /// From batches that end with an error, or with the stream. A store makes them.
+    pub fn new(batches: impl Stream<Item = Result<Vec<Event>>> + Send + 'static) -> Self {
         // Fused, so that asking on after the end gets the end again.
         Self { batches: batches.fuse().boxed() }
     }

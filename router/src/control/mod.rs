@@ -79,10 +79,11 @@ impl Controller {
                 self.metrics.forget();
             }
             tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
                 changed = cluster.changed() => if changed.is_err() { return },
                 changed = leads.changed() => if changed.is_err() { return },
                 () = tokio::time::sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
-                () = stop.cancelled() => return,
             }
         }
     }

@@ -7,6 +7,7 @@
 
 mod scene;
 
+mod balance;
 mod network;
 mod placement;
 mod routers;

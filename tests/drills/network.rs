@@ -9,7 +9,7 @@ use conclave_tests::{
     vitals::Vitals,
 };
 
-use crate::scene::{begin, four_workers_one_behind_a_proxy};
+use crate::scene::{self, begin, four_workers_one_behind_a_proxy};
 
 /// The fault, for as long as it takes that 500 tokens come and some seconds pass; then the network is well again.
 async fn breaks(aim: Aim, fault: Fault) {
@@ -30,11 +30,13 @@ async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
 
 #[tokio::test]
 async fn a_black_hole() {
+    let _alone = scene::alone().await;
     breaks(Aim::unnoticed("3", "black hole before one worker of four", 2), Fault::Hole(Way::Both)).await;
 }
 
 #[tokio::test]
 async fn answers_alone_are_lost() {
+    let _alone = scene::alone().await;
     breaks(
         Aim::unnoticed("5", "one-way partition: answers of one worker of four do not arrive", 2),
         Fault::Hole(Way::ToRouter),
@@ -44,17 +46,19 @@ async fn answers_alone_are_lost() {
 
 #[tokio::test]
 async fn connections_are_reset() {
+    let _alone = scene::alone().await;
     breaks(Aim::unnoticed("4", "every connection to one worker of four is reset", 2), Fault::Refuse).await;
 }
 
 #[tokio::test]
 async fn connections_are_reset_again_and_again() {
+    let _alone = scene::alone().await;
     let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
     let mut drill = begin(Aim::unnoticed("4", "resets in the middle, ten times over", 2), &cluster).await;
     drill.fault();
     for _ in 0..10 {
         proxy.reset();
-        drill.flows(50).await;
+        drill.flows(500).await;
     }
     drill.over();
     drill.end().await;
@@ -62,12 +66,14 @@ async fn connections_are_reset_again_and_again() {
 
 #[tokio::test]
 async fn one_worker_is_slow() {
+    let _alone = scene::alone().await;
     breaks(Aim::unnoticed("6", "one worker of four answers 100 ms late", 2), Fault::Late(Duration::from_millis(100)))
         .await;
 }
 
 #[tokio::test]
 async fn the_line_is_narrow() {
+    let _alone = scene::alone().await;
     let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
     let router = cluster.routers[0].pid().expect("it runs");
     let before = Vitals::of(router).expect("it lives").anonymous_kib;

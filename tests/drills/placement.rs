@@ -9,6 +9,7 @@ use crate::scene::{self, begin};
 
 #[tokio::test]
 async fn all_workers_restart_one_after_another() {
+    let _alone = scene::alone().await;
     let mut cluster = scene::four_workers().await;
     let mut drill = begin(Aim::unnoticed("15", "rolling restart (SIGTERM) of all four workers", 2), &cluster).await;
     drill.fault();
@@ -27,6 +28,7 @@ async fn all_workers_restart_one_after_another() {
 /// No replicas: nobody but the worker that leaves holds what it holds, so it must stay until others do.
 #[tokio::test]
 async fn the_only_holders_restart_one_after_another() {
+    let _alone = scene::alone().await;
     let mut cluster = scene::builder(3, 1).start().await;
     let mut drill = begin(Aim::unnoticed("15", "rolling restart of three workers, no replicas", 1), &cluster).await;
     drill.fault();
@@ -53,6 +55,7 @@ async fn rows(cluster: &Cluster, workers: impl Iterator<Item = usize>) -> Vec<u6
 
 #[tokio::test]
 async fn two_workers_become_four_and_two_again() {
+    let _alone = scene::alone().await;
     let mut cluster = scene::builder(2, 1).start().await;
     let mut drill = begin(Aim::unnoticed("15", "two workers become four, then two again", 1), &cluster).await;
     drill.fault();

@@ -10,6 +10,7 @@ async fn two_routers() -> Cluster {
 
 #[tokio::test]
 async fn one_of_two_routers_is_killed() {
+    let _alone = scene::alone().await;
     let mut cluster = two_routers().await;
     let leader = cluster.leader().await;
     let mut drill = begin(Aim::unnoticed("16", "kill -9 of one of two routers, the leader", 2), &cluster).await;
@@ -27,6 +28,7 @@ async fn one_of_two_routers_is_killed() {
 
 #[tokio::test]
 async fn one_of_two_routers_restarts() {
+    let _alone = scene::alone().await;
     let mut cluster = two_routers().await;
     let mut drill = begin(Aim::unnoticed("15", "restart (SIGTERM) of one of two routers", 2), &cluster).await;
     drill.fault();
@@ -40,6 +42,7 @@ async fn one_of_two_routers_restarts() {
 
 #[tokio::test]
 async fn the_leader_is_lost_and_then_a_worker() {
+    let _alone = scene::alone().await;
     let mut cluster = scene::builder(3, 1).routers(2).start().await;
     let leader = cluster.leader().await;
     let mut drill =

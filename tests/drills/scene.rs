@@ -9,6 +9,13 @@ use conclave_tests::{
     golden::Golden,
     load::Work,
 };
+use tokio::sync::{Mutex, MutexGuard};
+
+/// Drills measure stalls: whoever has this runs alone, where all run in one process. nextest sees to the same.
+pub async fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::const_new(());
+    ALONE.lock().await
+}
 
 /// The model that all drills serve: two layers of 16 experts, four to a token.
 pub fn model() -> Golden {

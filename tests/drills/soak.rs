@@ -18,6 +18,7 @@ const KIB_PER_MINUTE: f64 = 512.0;
 
 #[tokio::test]
 async fn ten_minutes() {
+    let _alone = scene::alone().await;
     if Form::asked_for() == Form::Short {
         println!("at full length only (make drills)");
         return;

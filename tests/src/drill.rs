@@ -24,6 +24,8 @@ use crate::{
 pub const FLOOR: f64 = 20.0;
 /// How much of a run does not count as its beginning: connections open, caches fill.
 const WARM_UP: Duration = Duration::from_millis(500);
+/// Silences up to this long happen on a busy machine without any fault.
+const HICCUP: Duration = Duration::from_millis(100);
 /// How soon a router that nobody asks anything has given back what it held.
 const IDLE_WITHIN: Duration = Duration::from_secs(10);
 
@@ -175,7 +177,9 @@ fn report(aim: &Aim, form: Form, record: &Record, signs: &Signs, phases: &[Range
     let rates = phases.each_ref().map(|phase| record.rate(phase));
     let stall_before = length(record.longest_stall(before));
     let stall = record.longest_stall(&(during.start..end));
-    let from = if length(stall.clone()) > stall_before { stall.end } else { during.start };
+    // Shorter ones are the machine's, not the fault's.
+    let is_one = length(stall.clone()) > (stall_before * 2).max(HICCUP);
+    let from = if is_one { stall.end } else { during.start };
     let since = |at: Instant| at.saturating_duration_since(during.start);
     let mut report = Report {
         rows: aim.rows,

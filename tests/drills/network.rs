@@ -82,3 +82,10 @@ async fn the_line_is_narrow() {
     let after = Vitals::of(router).expect("it lives").anonymous_kib;
     assert!(after < before + (64 << 10), "the router grew from {before} to {after} KiB: what waits must be bounded");
 }
+
+/// Bits that change on the way, where TCP's own checksum does not see it: in a proxy, in memory.
+#[tokio::test]
+async fn bits_of_answers_are_flipped() {
+    let _alone = scene::alone().await;
+    breaks(Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2), Fault::Flip(4096)).await;
+}

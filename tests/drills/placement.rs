@@ -71,11 +71,13 @@ async fn two_workers_become_four_and_two_again() {
     let grown: Vec<u64> = rows(&cluster, 0..4).await.iter().zip(before).map(|(now, before)| now - before).collect();
     drill.note("rows_of_each_of_four", format!("{grown:?}"));
     assert!(grown.iter().all(|rows| *rows > 0), "rows follow the workers: {grown:?}");
-    for index in 2..4 {
-        let status = cluster.workers[index].terminate().await;
-        assert!(status.success(), "a drained worker ended with {status}");
-        cluster.worker_gone(index).await;
-    }
+    // One is told by a signal, one by an operator.
+    let status = cluster.workers[2].terminate().await;
+    assert!(status.success(), "a drained worker ended with {status}");
+    cluster.worker_gone(2).await;
+    cluster.conclave(&["placement", "drain", "worker-3"]).await;
+    let status = cluster.workers[3].ended().await;
+    assert!(status.success(), "a drained worker ended with {status}");
     cluster.held(1).await;
     drill.over();
     drill.end().await;

@@ -215,6 +215,16 @@ impl Cluster {
         arguments
     }
 
+    /// Runs `conclave` with `arguments` on this cluster, to its end, which must be a good one.
+    pub async fn conclave(&self, arguments: &[&str]) {
+        let mut arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        arguments.push(format!("--store={}", self.plan.store.as_deref().unwrap_or_default()));
+        arguments.push(format!("--cluster={}", self.name));
+        let mut command = Process::spawn("conclave", &binary("conclave"), &arguments, self.logs.path());
+        let status = command.ended().await;
+        assert!(status.success(), "conclave {arguments:?} ended with {status}:\n{}", command.log());
+    }
+
     /// Where this cluster's processes write their logs.
     pub fn log_folder(&self) -> &Path {
         self.logs.path()

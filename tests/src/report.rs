@@ -120,6 +120,8 @@ impl Report {
             |time: Option<Duration>| time.map_or("–".to_owned(), |time| format!("{:.2} s", time.as_secs_f64()));
         let [fast, during, again] = self.rates.map(f64::round);
         let mut notes: Vec<String> = self.notes.iter().filter(|(_, value)| **value != json!(0.0)).map(note).collect();
+        let p99 = self.p99.map(|p99| p99.as_millis());
+        notes.push(format!("p99 {} / {} / {} ms", p99[0], p99[1], p99[2]));
         if self.resumed > 0 {
             notes.push(format!("resumed {}", self.resumed));
         }

@@ -24,6 +24,9 @@ use crate::scene;
 /// Tokens that are tried as everybody's favourite.
 const TRIED: std::ops::Range<u32> = 20..32;
 
+/// What was moved away is let go after two seconds.
+const LET_GO: Duration = Duration::from_secs(3);
+
 /// Answers in which only `token` ever comes: the gate sees nearly the same row each time and favours the same experts.
 fn hot(token: u32, prompt: usize, count: u32) -> GenerateRequest {
     let logit_bias = HashMap::from([(token, 100.0)]);
@@ -103,12 +106,13 @@ async fn a_skewed_load_is_spread() {
     cluster.until("a rebalance", |state| state.plan.as_ref().is_some_and(|plan| plan.version > planned)).await;
     drill.fault();
     cluster.until("the workers to have done it", settled).await;
+    drill.goes_on(LET_GO).await;
     drill.over();
-    drill.goes_on(Duration::from_secs(1)).await;
     let (now, moved) = skew(&cluster, &drill).await;
     drill.note("balancedness", format!("{} → {}", balancedness(&unmoved), balancedness(&moved)));
     drill.note("rows", format!("{unmoved:?} → {moved:?}"));
     drill.note("plans", now.0 - planned.0);
+    println!("{}", told(&cluster));
     drill.end().await;
     let (before, after) = (balancedness(&unmoved), balancedness(&moved));
     assert!(after > before, "balancedness went from {before} to {after}");
@@ -167,4 +171,24 @@ async fn turn(cluster: &Cluster) {
     cluster
         .until("the plan to be seen", |state| state.plan.as_ref().is_some_and(|seen| seen.version >= plan.version))
         .await;
+}
+
+/// Who holds the experts that rows go to, and how many rows a minute those are.
+fn told(cluster: &Cluster) -> String {
+    let (state, mut lines) = (cluster.state(), Vec::new());
+    let (plan, load) = (state.plan.as_ref().expect("a plan"), state.load());
+    lines.push(format!("plan {}: {}", plan.version.0, plan.reason));
+    for (layer, expert, holders) in plan.iter() {
+        let rows = load.rows(layer, expert);
+        if rows * 50 > load.total() {
+            let holders: Vec<&str> = holders.iter().map(WorkerId::as_str).collect();
+            lines.push(format!(
+                "layer {} expert {}: {rows} rows a minute at {}",
+                layer.0,
+                expert.0,
+                holders.join(", ")
+            ));
+        }
+    }
+    lines.join("\n")
 }

@@ -21,7 +21,7 @@ async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
     let mut drill = begin(aim, cluster).await;
     drill.fault();
     proxy.set(fault);
-    drill.goes_on(drill.form().pick(Duration::from_secs(3), Duration::from_secs(30))).await;
+    drill.goes_on(drill.form().pick(Duration::from_secs(2), Duration::from_secs(30))).await;
     drill.flows(500).await;
     proxy.set(Fault::None);
     drill.over();

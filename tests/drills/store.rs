@@ -12,8 +12,8 @@ use etcd_client::{Client, GetOptions};
 
 use crate::scene::{self, begin};
 
-/// Lease ttls of the cluster's processes are 5 s: a few of them, and a minute.
-const AWAY: (Duration, Duration) = (Duration::from_secs(12), Duration::from_secs(60));
+/// Lease ttls of the cluster's processes are 5 s: longer than that, and a minute.
+const AWAY: (Duration, Duration) = (Duration::from_secs(8), Duration::from_secs(60));
 
 #[tokio::test]
 async fn etcd_is_away() {

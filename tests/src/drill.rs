@@ -111,7 +111,7 @@ impl Drill {
         sleep(WARM_UP).await;
         let warm = Instant::now();
         let drill = Self { aim, form, load, signs, warm, fault: None, over: None, routers, notes: Map::new() };
-        drill.goes_on(form.pick(Duration::from_secs(2), Duration::from_secs(10))).await;
+        drill.goes_on(form.pick(Duration::from_millis(1500), Duration::from_secs(10))).await;
         drill
     }
 
@@ -149,7 +149,7 @@ impl Drill {
 
     /// Lets the load run on for a while, stops it, and reports. Panics where the aim was missed.
     pub async fn end(self) -> Report {
-        self.goes_on(self.form.pick(Duration::from_secs(2), Duration::from_secs(20))).await;
+        self.goes_on(self.form.pick(Duration::from_millis(1500), Duration::from_secs(20))).await;
         let fault = self.fault.expect("a drill has a fault");
         let over = self.over.unwrap_or_else(Instant::now);
         let stopped = Instant::now();

@@ -16,7 +16,7 @@ MODEL := models/smollm2/build/smollm2-moe
 # Scripts that bash runs.
 SCRIPTS := .ci/run $(wildcard deploy/*.sh)
 
-.PHONY: help setup demo test bench lint fmt golden deploy-check image-check clean-deps
+.PHONY: help setup demo test drills bench lint fmt golden deploy-check image-check clean-deps
 .PHONY: setup-build setup-python setup-etcd demo-model check-fmt check-clippy check-deps check-scripts build build-programs test-rust test-python
 
 help: ## List these commands
@@ -30,6 +30,11 @@ demo: ## Start a cluster of one router and four workers, ask it a question, stop
 
 test: setup-build setup-python setup-etcd check-fmt check-clippy build demo-model test-rust test-python ## Run all checks and tests (needs a real etcd)
 	@echo "make test: everything passed"
+
+drills: setup-build setup-etcd build-programs ## Break clusters under load, at full length (half an hour), and print the table of it
+	@rm -rf target/drills; status=0; \
+	CONCLAVE_DRILLS=full cargo test --workspace --test drills --locked -- --test-threads=1 --nocapture || status=$$?; \
+	cat target/drills/*.md; exit $$status
 
 bench: setup-build setup-python build-programs demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
 	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2

@@ -20,10 +20,12 @@ use conclave_placement::{
 };
 use conclave_proto::expert::v1::{GetInventoryRequest, GetInventoryResponse, expert_worker_client::ExpertWorkerClient};
 use tempfile::TempDir;
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 use crate::{
+    chaos::Proxy,
     client::Client,
     etcd::EtcdProcess,
     eventually::{eventually, soon},
@@ -164,9 +166,22 @@ impl Cluster {
 
     /// Starts one more worker.
     pub fn add_worker(&mut self) -> &mut Process {
+        self.add_worker_with(&[])
+    }
+
+    /// Starts one more worker that routers reach through `proxy` alone.
+    pub async fn add_worker_behind(&mut self, proxy: &Proxy) -> &mut Process {
+        let worker = self.add_worker_with(&[&format!("--advertise={}", proxy.address())]);
+        proxy.lead_to(eventually("a worker to say where it listens", async || worker.told("listen")).await);
+        worker
+    }
+
+    /// Starts one more worker, with `own` arguments.
+    pub fn add_worker_with(&mut self, own: &[&str]) -> &mut Process {
         let name = format!("worker-{}", self.workers.len());
         let mut arguments = self.arguments(&name, &self.plan.checkpoint);
         arguments.extend(self.plan.worker_arguments.iter().cloned());
+        arguments.extend(own.iter().map(|&argument| argument.to_owned()));
         self.workers.push(Process::spawn(&name, &binary("conclave-expert-worker"), &arguments, self.logs.path()));
         self.workers.last_mut().expect("just pushed")
     }
@@ -198,6 +213,16 @@ impl Cluster {
             arguments.push(format!("--{flag}={value}"));
         }
         arguments
+    }
+
+    /// Runs `conclave` with `arguments` on this cluster, to its end, which must be a good one.
+    pub async fn conclave(&self, arguments: &[&str]) {
+        let mut arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+        arguments.push(format!("--store={}", self.plan.store.as_deref().unwrap_or_default()));
+        arguments.push(format!("--cluster={}", self.name));
+        let mut command = Process::spawn("conclave", &binary("conclave"), &arguments, self.logs.path());
+        let status = command.ended().await;
+        assert!(status.success(), "conclave {arguments:?} ended with {status}:\n{}", command.log());
     }
 
     /// Where this cluster's processes write their logs.
@@ -239,6 +264,38 @@ impl Cluster {
         .await;
     }
 
+    /// Waits until worker `index` is gone from the store.
+    pub async fn worker_gone(&self, index: usize) {
+        let id = worker_id(index);
+        self.until("a worker to be gone", |state| !state.workers.contains_key(&id)).await;
+    }
+
+    /// Waits until each expert is resident on `holders` workers.
+    pub async fn held(&self, holders: usize) {
+        self.until("every expert to be resident", |state| held_everywhere(state, holders)).await;
+    }
+
+    /// The router that runs the controller, once there is one.
+    pub async fn leader(&self) -> usize {
+        let leader = eventually("a leader", async || self.state().leader.clone()).await;
+        let index = self.routers.iter().position(|router| router.name() == leader.to_string());
+        index.expect("the leader is one of the cluster's routers")
+    }
+
+    /// Each router's public address, once all are registered.
+    pub async fn router_addresses(&self) -> Vec<String> {
+        let mut addresses = Vec::new();
+        for index in 0..self.routers.len() {
+            addresses.push(self.router_address(index).await);
+        }
+        addresses
+    }
+
+    /// Every later picture of the cluster, or at least the latest.
+    pub fn changes(&self) -> watch::Receiver<Arc<ClusterState>> {
+        self.view.subscribe()
+    }
+
     /// The cluster as its store tells it now.
     pub fn state(&self) -> Arc<ClusterState> {
         self.view.current()
@@ -253,7 +310,7 @@ impl Cluster {
 
     /// The internal address of worker `index`, once it is registered.
     pub async fn worker_address(&self, index: usize) -> String {
-        let id = WorkerId::parse(&format!("worker-{index}")).expect("a valid name");
+        let id = worker_id(index);
         let address = async || self.state().workers.get(&id).map(|record| record.address.clone());
         eventually("a worker to register", address).await
     }
@@ -274,7 +331,13 @@ impl Cluster {
     }
 }
 
-fn held_everywhere(state: &ClusterState, holders: usize) -> bool {
+/// The name of worker `index`.
+pub fn worker_id(index: usize) -> WorkerId {
+    WorkerId::parse(&format!("worker-{index}")).expect("a valid name")
+}
+
+/// Whether each expert of the model is resident on that many workers that serve.
+pub fn held_everywhere(state: &ClusterState, holders: usize) -> bool {
     let Some(model) = &state.model else { return false };
     let experts = 0..u16::try_from(model.experts).expect("expert ids are u16");
     let mut pairs = model.moe_layers.iter().flat_map(|&layer| experts.clone().map(move |expert| (layer, expert)));

@@ -11,7 +11,10 @@ use std::{
 use conclave_placement::store;
 use tempfile::TempDir;
 
-use crate::{eventually::eventually, process::Process};
+use crate::{
+    eventually::eventually,
+    process::{Process, Signal},
+};
 
 /// One etcd member on free ports, with its data in a folder of its own.
 #[derive(Debug)]
@@ -56,6 +59,11 @@ impl EtcdProcess {
     /// `http://127.0.0.1:PORT`.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Sends it a signal, such as STOP and later CONT.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal);
     }
 
     /// Kills it (SIGKILL). What it stored stays.

@@ -22,3 +22,15 @@ pub mod cluster;
 pub mod client;
 
 pub mod fake_expert;
+
+pub mod chaos;
+
+pub mod record;
+
+pub mod load;
+pub mod signs;
+pub mod vitals;
+
+pub mod report;
+
+pub mod drill;

@@ -21,6 +21,8 @@ const SHOWN_LINES: usize = 60;
 #[derive(Debug)]
 pub struct Process {
     name: String,
+    program: PathBuf,
+    arguments: Vec<String>,
     child: Child,
     log: PathBuf,
 }
@@ -29,20 +31,14 @@ impl Process {
     /// Starts `program`. Its output goes to `folder/name.log`, appended where a process of that name was there before.
     pub fn spawn(name: &str, program: &Path, arguments: &[String], folder: &Path) -> Self {
         let log = folder.join(format!("{name}.log"));
-        let output = File::options().create(true).append(true).open(&log).expect("a log file in the test's own folder");
-        let mut command = Command::new(program);
-        command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
-        command.stdout(output.try_clone().expect("a second handle")).stderr(output);
-        for (variable, _) in std::env::vars_os() {
-            // What the person at the keyboard set for a cluster of their own is not for the test's.
-            if variable.to_string_lossy().starts_with("CONCLAVE_") {
-                command.env_remove(variable);
-            }
-        }
-        match command.spawn() {
-            Ok(child) => Self { name: name.to_owned(), child, log },
-            Err(error) => panic!("cannot start {} as {name}: {error}", program.display()),
-        }
+        let child = start(name, program, arguments, &log);
+        Self { name: name.to_owned(), program: program.to_owned(), arguments: arguments.to_vec(), child, log }
+    }
+
+    /// Starts it once more, as it was started before. It must have ended.
+    pub async fn again(&mut self) {
+        self.ended().await;
+        self.child = start(&self.name, &self.program, &self.arguments, &self.log);
     }
 
     /// The name it was started under.
@@ -83,6 +79,13 @@ impl Process {
         self.ended().await
     }
 
+    /// What it said last of `field`, as its log has it: `field=value`.
+    pub fn told(&self, field: &str) -> Option<String> {
+        let log = self.log();
+        let value = log.split_whitespace().rev().find_map(|word| word.strip_prefix(field)?.strip_prefix('='));
+        value.map(str::to_owned)
+    }
+
     /// All it said so far.
     pub fn log(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
@@ -98,6 +101,26 @@ impl Drop for Process {
             eprintln!("--- {} ({skipped} lines before these)\n{}", self.name, lines[skipped..].join("\n"));
         }
     }
+}
+
+fn start(name: &str, program: &Path, arguments: &[String], log: &Path) -> Child {
+    let output = File::options().create(true).append(true).open(log).expect("a log file in the test's own folder");
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).kill_on_drop(true);
+    command.stdout(output.try_clone().expect("a second handle")).stderr(output);
+    for (variable, _) in std::env::vars_os() {
+        // What the person at the keyboard set for a cluster of their own is not for the test's.
+        if variable.to_string_lossy().starts_with("CONCLAVE_") {
+            command.env_remove(variable);
+        }
+    }
+    command.spawn().unwrap_or_else(|error| panic!("cannot start {} as {name}: {error}", program.display()))
+}
+
+/// The folder that cargo builds into.
+pub fn target_folder() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    test.ancestors().nth(3).expect("tests lie in target/PROFILE/deps").to_owned()
 }
 
 /// The project's own binary `name`, as `cargo build --workspace` left it beside this test.

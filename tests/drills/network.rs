@@ -1,0 +1,92 @@
+//! The network between the router and one worker of four breaks. Both processes are well.
+
+use std::time::Duration;
+
+use conclave_tests::{
+    chaos::{Fault, Proxy, Way},
+    cluster::Cluster,
+    drill::Aim,
+    vitals::Vitals,
+};
+
+use crate::scene::{self, begin, four_workers_one_behind_a_proxy};
+
+/// The fault, for as long as it takes that 500 tokens come and some seconds pass; then the network is well again.
+async fn breaks(aim: Aim, fault: Fault) {
+    let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
+    broken(aim, &cluster, &proxy, fault).await;
+}
+
+async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
+    let mut drill = begin(aim, cluster).await;
+    drill.fault();
+    proxy.set(fault);
+    drill.goes_on(drill.form().pick(Duration::from_secs(2), Duration::from_secs(30))).await;
+    drill.flows(500).await;
+    proxy.set(Fault::None);
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn a_black_hole() {
+    let _alone = scene::alone().await;
+    breaks(Aim::unnoticed("3", "black hole before one worker of four", 2), Fault::Hole(Way::Both)).await;
+}
+
+#[tokio::test]
+async fn answers_alone_are_lost() {
+    let _alone = scene::alone().await;
+    breaks(
+        Aim::unnoticed("5", "one-way partition: answers of one worker of four do not arrive", 2),
+        Fault::Hole(Way::ToRouter),
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn connections_are_reset() {
+    let _alone = scene::alone().await;
+    breaks(Aim::unnoticed("4", "every connection to one worker of four is reset", 2), Fault::Refuse).await;
+}
+
+#[tokio::test]
+async fn connections_are_reset_again_and_again() {
+    let _alone = scene::alone().await;
+    let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
+    let mut drill = begin(Aim::unnoticed("4", "resets in the middle, ten times over", 2), &cluster).await;
+    drill.fault();
+    for _ in 0..10 {
+        proxy.reset();
+        drill.flows(500).await;
+    }
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn one_worker_is_slow() {
+    let _alone = scene::alone().await;
+    breaks(Aim::unnoticed("6", "one worker of four answers 100 ms late", 2), Fault::Late(Duration::from_millis(100)))
+        .await;
+}
+
+#[tokio::test]
+async fn the_line_is_narrow() {
+    let _alone = scene::alone().await;
+    let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
+    let router = cluster.routers[0].pid().expect("it runs");
+    let before = Vitals::of(router).expect("it lives").anonymous_kib;
+    // The golden model's rows are small: this is to its traffic what 10 Mbit/s are to a large model's.
+    broken(Aim::unnoticed("7", "20 kB/s to one worker of four", 2), &cluster, &proxy, Fault::Narrow(20_000)).await;
+    let after = Vitals::of(router).expect("it lives").anonymous_kib;
+    assert!(after < before + (64 << 10), "the router grew from {before} to {after} KiB: what waits must be bounded");
+}
+
+/// Bits that change on the way, where TCP's own checksum does not see it: in a proxy, in memory.
+#[tokio::test]
+async fn bits_of_answers_are_flipped() {
+    let _alone = scene::alone().await;
+    let aim = Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2);
+    breaks(aim, Fault::Flip(4096)).await;
+}

@@ -1,0 +1,84 @@
+//! Experts move while tokens are in flight.
+
+use conclave_tests::{
+    cluster::{Cluster, worker_id},
+    drill::Aim,
+};
+
+use crate::scene::{self, begin};
+
+#[tokio::test]
+async fn all_workers_restart_one_after_another() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::four_workers().await;
+    let mut drill = begin(Aim::unnoticed("15", "rolling restart (SIGTERM) of all four workers", 2), &cluster).await;
+    drill.fault();
+    for index in 0..4 {
+        let status = cluster.workers[index].terminate().await;
+        assert!(status.success(), "a drained worker ended with {status}");
+        cluster.workers[index].again().await;
+        let back = worker_id(index);
+        cluster.until("the worker to be back", |state| state.workers.contains_key(&back)).await;
+        cluster.held(2).await;
+    }
+    drill.over();
+    drill.end().await;
+}
+
+/// No replicas: nobody but the worker that leaves holds what it holds, so it must stay until others do.
+#[tokio::test]
+async fn the_only_holders_restart_one_after_another() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(3, 1).start().await;
+    let mut drill = begin(Aim::unnoticed("15", "rolling restart of three workers, no replicas", 1), &cluster).await;
+    drill.fault();
+    for index in 0..3 {
+        let status = cluster.workers[index].terminate().await;
+        assert!(status.success(), "a drained worker ended with {status}");
+        cluster.workers[index].again().await;
+        let back = worker_id(index);
+        cluster.until("the worker to be back", |state| state.workers.contains_key(&back)).await;
+        cluster.held(1).await;
+    }
+    drill.over();
+    drill.end().await;
+}
+
+/// Assignments computed so far by each worker that lives.
+async fn rows(cluster: &Cluster, workers: impl Iterator<Item = usize>) -> Vec<u64> {
+    let mut rows = Vec::new();
+    for index in workers {
+        rows.push(cluster.inventory(index).await.rows_total);
+    }
+    rows
+}
+
+#[tokio::test]
+async fn two_workers_become_four_and_two_again() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(2, 1).start().await;
+    let mut drill = begin(Aim::unnoticed("15", "two workers become four, then two again", 1), &cluster).await;
+    drill.fault();
+    for _ in 0..2 {
+        cluster.add_worker();
+    }
+    let holds = |state: &conclave_placement::state::ClusterState| {
+        [2, 3].map(worker_id).iter().all(|id| state.workers.get(id).is_some_and(|worker| !worker.resident.is_empty()))
+    };
+    cluster.until("the newcomers to hold experts", holds).await;
+    let before = rows(&cluster, 0..4).await;
+    drill.flows(1_000).await;
+    let grown: Vec<u64> = rows(&cluster, 0..4).await.iter().zip(before).map(|(now, before)| now - before).collect();
+    drill.note("rows_of_each_of_four", format!("{grown:?}"));
+    assert!(grown.iter().all(|rows| *rows > 0), "rows follow the workers: {grown:?}");
+    // One is told by a signal, one by an operator.
+    let status = cluster.workers[2].terminate().await;
+    assert!(status.success(), "a drained worker ended with {status}");
+    cluster.worker_gone(2).await;
+    cluster.conclave(&["placement", "drain", "worker-3"]).await;
+    let status = cluster.workers[3].ended().await;
+    assert!(status.success(), "a drained worker ended with {status}");
+    cluster.held(1).await;
+    drill.over();
+    drill.end().await;
+}

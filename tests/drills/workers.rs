@@ -1,0 +1,213 @@
+//! A worker dies, freezes, lies, or all of them do.
+
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::PathBuf,
+    time::Duration,
+};
+
+use conclave_proto::expert::v1::{CombineMode, DispatchBatch, Encoding, expert_worker_client::ExpertWorkerClient};
+use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
+
+use conclave_tests::{
+    cluster::worker_id,
+    drill::{Aim, Drill},
+    eventually::eventually,
+    fake_expert::{Act, FakeExpert},
+    process::{Process, Signal},
+};
+use futures::StreamExt;
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+use crate::scene::{self, begin};
+
+#[tokio::test]
+async fn one_of_four_workers_is_killed() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::four_workers().await;
+    let mut drill = begin(Aim::unnoticed("1", "kill -9 of one worker of four", 2), &cluster).await;
+    drill.fault();
+    cluster.workers[0].kill().await;
+    cluster.worker_gone(0).await;
+    cluster.held(2).await;
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn one_of_four_workers_is_frozen_and_wakes_up() {
+    let _alone = scene::alone().await;
+    let cluster = scene::four_workers().await;
+    let mut drill = begin(Aim::unnoticed("2", "SIGSTOP of one worker of four, then SIGCONT", 2), &cluster).await;
+    drill.fault();
+    cluster.workers[0].signal(Signal::STOP);
+    cluster.worker_gone(0).await;
+    cluster.held(2).await;
+    drill.goes_on(drill.form().pick(Duration::ZERO, Duration::from_secs(20))).await;
+    // Its answers to what it had been asked come now, and nobody waits for them.
+    cluster.workers[0].signal(Signal::CONT);
+    let back = worker_id(0);
+    cluster.until("the worker to be back", |state| state.workers.contains_key(&back)).await;
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn the_only_holder_of_experts_is_killed() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(4, 1).start().await;
+    let mut drill = begin(Aim::waited_out("8", "kill -9 of one worker of four, no replicas", 1), &cluster).await;
+    drill.fault();
+    cluster.workers[0].kill().await;
+    cluster.worker_gone(0).await;
+    cluster.held(1).await;
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn all_workers_are_killed_and_one_comes() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(2, 2).start().await;
+    let aim = Aim { may_fail: true, ..Aim::waited_out("8", "kill -9 of all workers, later a new one", 1) };
+    let work = scene::work(&cluster).await.deadline(Duration::from_secs(5));
+    let mut drill = Drill::begin(aim, &cluster, work).await;
+    drill.fault();
+    cluster.workers[0].kill().await;
+    cluster.workers[1].kill().await;
+    // By then, the requests of the first moment have met their deadline.
+    drill.goes_on(Duration::from_secs(7)).await;
+    cluster.add_worker();
+    cluster.held(1).await;
+    drill.over();
+    let report = drill.end().await;
+    assert!(report.failed > 0, "without workers, requests wait until their deadline");
+    for failure in &report.failures {
+        assert!(failure.starts_with("Unavailable") && failure.contains("retry_delay: Some"), "{failure}");
+    }
+}
+
+/// Row 9. The worker has room for 2 MiB more and is sent a batch of 32. In a memory cgroup the kernel kills it; where no
+/// such cgroup can be made, its address space is limited, an allocation fails, and it aborts.
+#[tokio::test]
+async fn a_worker_runs_out_of_memory() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::four_workers().await;
+    let mut drill = begin(Aim::unnoticed("9", "one worker of four runs out of memory", 2), &cluster).await;
+    drill.fault();
+    let (how, _group) = starve(&cluster.workers[0]);
+    drill.note("by", how);
+    let (address, batch) = (cluster.worker_address(0).await, large_batch());
+    // It ends before it answers.
+    let sent = tokio::spawn(async move {
+        let channel =
+            conclave_runtime::channel::internal(&address).expect("a registered address is one").connect().await?;
+        let mut worker = ExpertWorkerClient::new(channel).max_encoding_message_size(MAX_INTERNAL_MESSAGE);
+        let batches = futures::stream::iter([batch]).chain(futures::stream::pending());
+        if let Ok(answers) = worker.exchange(batches).await {
+            // An end, and no answer.
+            let _ = answers.into_inner().message().await;
+        }
+        Ok::<(), tonic::transport::Error>(())
+    });
+    let status = cluster.workers[0].ended().await;
+    sent.abort();
+    assert!(!status.success(), "starved, it ended with {status}");
+    drill.note("ended", status.to_string());
+    cluster.worker_gone(0).await;
+    cluster.held(2).await;
+    drill.over();
+    drill.end().await;
+}
+
+/// Rows enough for half of the largest message, all for one expert.
+fn large_batch() -> DispatchBatch {
+    let (hidden, layer) = (64, 2);
+    let rows = (32 << 20) / (hidden * 4);
+    let count = u32::try_from(rows).expect("some hundred thousand");
+    DispatchBatch {
+        batch_id: 1,
+        layer,
+        deadline_us: 60_000_000,
+        encoding: Encoding::F32.into(),
+        rows: count,
+        hidden: vec![0; rows * hidden * 4].into(),
+        expert_ids: vec![0; rows * 2].into(),
+        row_ids: (0..count).flat_map(u32::to_le_bytes).collect(),
+        mode: CombineMode::PerAssignment.into(),
+        return_encoding: Encoding::F32.into(),
+        ..DispatchBatch::default()
+    }
+}
+
+/// A memory cgroup of one process; removed when dropped.
+struct Group(PathBuf);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Its process may linger for a moment; an empty group left behind costs nothing.
+        let _ = fs::remove_dir(&self.0);
+    }
+}
+
+const ROOM: u64 = 2 << 20;
+
+fn starve(worker: &Process) -> (&'static str, Option<Group>) {
+    let pid = worker.pid().expect("it runs");
+    if let Some(group) = in_small_cgroup(pid) {
+        return ("the kernel, memory cgroup", Some(group));
+    }
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("it lives");
+    let used = status.lines().find_map(|line| line.strip_prefix("VmSize:")).expect("Linux tells").trim();
+    let used: u64 = used.trim_end_matches("kB").trim().parse().expect("a number of KiB");
+    let limit = Some((used << 10) + ROOM);
+    let pid = Pid::from_raw(pid.cast_signed()).expect("a process has an id");
+    let limit = Rlimit { current: limit, maximum: limit };
+    prlimit(Some(pid), Resource::As, limit).expect("a process may limit its children");
+    ("RLIMIT_AS, for want of a memory cgroup", None)
+}
+
+/// Moves `pid` into a new cgroup with room for little more; `None` where that cannot be done. What it uses already stays
+/// accounted to the group that it came from.
+fn in_small_cgroup(pid: u32) -> Option<Group> {
+    let name = format!("conclave-drill-{pid}");
+    let write = |path: PathBuf, value: String| File::options().write(true).open(path)?.write_all(value.as_bytes());
+    for (root, limit) in [("/sys/fs/cgroup", "memory.max"), ("/sys/fs/cgroup/memory", "memory.limit_in_bytes")] {
+        let group = Group(PathBuf::from(root).join(&name));
+        let made = fs::create_dir(&group.0)
+            .and_then(|()| write(group.0.join(limit), ROOM.to_string()))
+            .and_then(|()| write(group.0.join("cgroup.procs"), pid.to_string()));
+        if made.is_ok() {
+            return Some(group);
+        }
+    }
+    None
+}
+
+#[tokio::test]
+async fn one_of_two_workers_answers_nonsense() {
+    let _alone = scene::alone().await;
+    let golden = scene::model();
+    for (what, nonsense) in [
+        ("a worker answers with NaN", Act::Nan),
+        ("a worker answers with too few bytes", Act::WrongSize),
+        ("a worker answers what nobody asked", Act::WrongBatch),
+    ] {
+        let mut cluster = scene::builder(1, 2).guests(1).router(&["--batch-timeout=2"]).launch().await;
+        let (lies, does_lie) = tokio::sync::watch::channel(false);
+        let script = move |_| if *does_lie.borrow() { nonsense } else { Act::Compute };
+        let fake = FakeExpert::join(&cluster, "fake", &golden.folder, script).await;
+        cluster.ready().await;
+        let mut drill = begin(Aim::waited_out("10", what, 2), &cluster).await;
+        drill.fault();
+        let before = fake.batches();
+        lies.send_replace(true);
+        eventually("the fake to be asked", async || (fake.batches() > before).then_some(())).await;
+        drill.flows(500).await;
+        lies.send_replace(false);
+        drill.over();
+        drill.end().await;
+        fake.leave().await;
+    }
+}

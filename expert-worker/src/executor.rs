@@ -21,9 +21,11 @@ use tokio::sync::oneshot;
 use crate::batcher::{Answer, Batcher, Pending, Refusal, Taken};
 use crate::metrics::Metrics;
 
-/// A worker's speed is measured with this many rows, this many times.
+/// A worker's speed is measured with this many rows, this many times, for at most so long: the best time counts, because
+/// all the others had company.
 const MEASURED_ROWS: usize = 16;
-const MEASURED_TIMES: usize = 3;
+const MEASURED_TIMES: usize = 30;
+const MEASURED_FOR: Duration = Duration::from_millis(100);
 
 /// What the tensor thread owns.
 type Experts = HashMap<(u32, u16), Expert>;
@@ -76,7 +78,7 @@ impl Executor {
         self.thread.run(move |experts| drop(experts.remove(&(layer.0, id.0)))).await
     }
 
-    /// Rows a second through one installed expert, the best of a few tries of a few rows each. 0 where it is not there.
+    /// Rows a second through one installed expert, the best of some tries of a few rows each. 0 where it is not there.
     pub async fn measure(&self, layer: LayerIdx, id: ExpertId) -> Result<f64, tensor_thread::Error> {
         self.thread.run(move |experts| speed(experts, layer.0, id.0)).await
     }
@@ -107,7 +109,9 @@ fn speed(experts: &Experts, layer: u32, id: u16) -> f64 {
         let started = Instant::now();
         compute_batches(experts, &[&batch]).map(|_| started.elapsed().as_secs_f64())
     };
-    let best = (0..MEASURED_TIMES).map(once).filter_map(Result::ok).fold(f64::INFINITY, f64::min);
+    let end = Instant::now() + MEASURED_FOR;
+    let times = (0..MEASURED_TIMES).take_while(|nth| *nth == 0 || Instant::now() < end).map(once);
+    let best = times.filter_map(Result::ok).fold(f64::INFINITY, f64::min);
     if best.is_finite() { rows as f64 / best.max(1e-9) } else { 0.0 }
 }
 

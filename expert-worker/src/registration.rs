@@ -56,11 +56,10 @@ impl Registration {
         self.update(|record| record.plan_version = plan)
     }
 
-    /// Says how many rows a second go through one of its experts, as the nearest power of two: workers of one kind shall
-    /// look alike, whatever else their machines were doing when they were measured.
+    /// Says how many rows a second go through one of its experts. What is no speed is not told.
     pub fn is_as_fast_as(&self, rows_per_second: f64) {
         if rows_per_second.is_finite() && rows_per_second > 0.0 {
-            self.update(|record| record.speed = rows_per_second.log2().round().exp2());
+            self.update(|record| record.speed = rows_per_second.round());
         }
     }
 

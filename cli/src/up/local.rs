@@ -194,7 +194,7 @@ impl Local {
                     let left = self.children.alive(role);
                     match role {
                         Role::Worker => self.console.line(&format!(
-                            "{name} died ({ended}); the cluster goes on with {}", terminal::plural(left, "worker"))),
+                            "{name} ended ({ended}); the cluster goes on with {}", terminal::plural(left, "worker"))),
                         Role::Router if left > 0 => self.console.line(&format!(
                             "{name} died ({ended}); {} left", terminal::plural(left, "router"))),
                         Role::Router => {

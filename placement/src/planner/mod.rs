@@ -61,6 +61,9 @@ pub struct PlannerWorker {
     pub resident: Residency,
 }
 
+/// Speeds that differ by less than this factor are no reason to treat workers differently.
+pub const ALIKE: f64 = 1.75;
+
 /// A problem that has no answer.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -190,13 +193,25 @@ pub fn candidates(state: &ClusterState) -> Vec<PlannerWorker> {
     state.workers.values().filter(|worker| !state.is_leaving(worker)).map(PlannerWorker::from).collect()
 }
 
-/// Each worker's speed as a multiple of the mean of the known ones. `None` while none is known.
+/// Each worker's speed as [`relative`] to the others'.
 pub(crate) fn relative_speeds(workers: &[PlannerWorker]) -> Option<Vec<f64>> {
-    let known: Vec<f64> = workers.iter().filter_map(PlannerWorker::known_speed).collect();
-    let mean = known.iter().sum::<f64>() / known.len() as f64;
+    let speeds: Vec<f64> = workers.iter().map(|worker| worker.speed).collect();
+    relative(&speeds)
+}
+
+/// Speeds as multiples of the mean of the known ones (finite and above 0); 1 for the others. `None` while none is known. A
+/// speed within [`ALIKE`] of the median is the median: workers of one kind are measured while their machines do other things
+/// too, and shall get equal shares.
+pub fn relative(speeds: &[f64]) -> Option<Vec<f64>> {
+    let is_known = |speed: f64| speed.is_finite() && speed > 0.0;
+    let mut known: Vec<f64> = speeds.iter().copied().filter(|speed| is_known(*speed)).collect();
+    known.sort_unstable_by(f64::total_cmp);
+    let median = *known.get(known.len().checked_sub(1)? / 2)?;
+    let settled = |speed: f64| if (median / ALIKE..=median * ALIKE).contains(&speed) { median } else { speed };
+    let mean = known.iter().map(|speed| settled(*speed)).sum::<f64>() / known.len() as f64;
+    let relative = |speed: &f64| if is_known(*speed) { settled(*speed) / mean } else { 1.0 };
     // A sum of finite speeds may still overflow; no worker is that fast.
-    let usable = !known.is_empty() && mean.is_finite();
-    usable.then(|| workers.iter().map(|worker| worker.known_speed().map_or(1.0, |speed| speed / mean)).collect())
+    mean.is_finite().then(|| speeds.iter().map(relative).collect())
 }
 
 /// The numbers of a plan that follows the previous one: its version and its parent.
@@ -204,4 +219,21 @@ fn succession(previous: Option<&Plan>) -> Result<(PlanVersion, PlanVersion), Err
     let parent = previous.map_or(PlanVersion::NONE, |plan| plan.version);
     let version = parent.0.checked_add(1).map(PlanVersion).ok_or(Error::VersionsExhausted)?;
     Ok((version, parent))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workers_of_one_kind_are_equal_and_others_keep_their_ratio() {
+        assert_eq!(relative(&[900.0, 1000.0, 1500.0]), Some(vec![1.0; 3]));
+        assert_eq!(
+            relative(&[1000.0, 1100.0, 16_000.0, 0.0]).map(|speeds| speeds[2] / speeds[0]),
+            Some(16_000.0 / 1100.0)
+        );
+        assert_eq!(relative(&[1000.0, 3000.0, 0.0]), Some(vec![0.5, 1.5, 1.0]), "an unknown one is the mean");
+        assert_eq!(relative(&[0.0, f64::NAN]), None);
+        assert_eq!(relative(&[]), None);
+    }
 }

@@ -151,7 +151,7 @@ impl Pool {
             if !stays {
                 info!(worker = %id, "expert worker left");
                 known.link.close();
-            } else if known.listed && !listed {
+            } else if known.listed && !listed && known.record.state != WorkerState::Draining {
                 warn!(worker = %id, "the store has lost this expert worker, its stream has not");
             }
             known.listed = listed;

@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 
 use conclave_placement::{
     ids::{ExpertId, LayerIdx, PlanVersion, WorkerId},
+    planner,
     state::{ClusterState, WorkerRecord, WorkerState},
 };
 
@@ -86,12 +87,12 @@ impl Snapshot {
         }
     }
 
-    /// Makes speeds relative to their mean, and those not known the mean itself.
+    /// Makes speeds relative to each other, as the planner does.
     fn compare_speeds(&mut self) {
-        let known: Vec<f64> = self.workers.iter().map(|worker| worker.speed).filter(|speed| *speed > 0.0).collect();
-        let mean = known.iter().sum::<f64>() / known.len().max(1) as f64;
-        for worker in &mut self.workers {
-            worker.speed = if worker.speed > 0.0 && mean > 0.0 { worker.speed / mean } else { 1.0 };
+        let speeds: Vec<f64> = self.workers.iter().map(|worker| worker.speed).collect();
+        let relative = planner::relative(&speeds).unwrap_or_else(|| vec![1.0; speeds.len()]);
+        for (worker, relative) in self.workers.iter_mut().zip(relative) {
+            worker.speed = relative;
         }
     }
 

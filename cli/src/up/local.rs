@@ -196,9 +196,9 @@ impl Local {
                         Role::Worker => self.console.line(&format!(
                             "{name} ended ({ended}); the cluster goes on with {}", terminal::plural(left, "worker"))),
                         Role::Router if left > 0 => self.console.line(&format!(
-                            "{name} died ({ended}); {} left", terminal::plural(left, "router"))),
+                            "{name} ended ({ended}); {} left", terminal::plural(left, "router"))),
                         Role::Router => {
-                            self.console.line(&format!("{name} died ({ended}); no router is left: stopping"));
+                            self.console.line(&format!("{name} ended ({ended}); no router is left: stopping"));
                             return ExitCode::FAILURE;
                         }
                     }

@@ -8,9 +8,9 @@
 //!   keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
 //!   gives it until a later one.
 
-use conclave_placement::ids::{ExpertId, LayerIdx, WorkerId};
+use conclave_placement::ids::{ExpertId, LayerIdx, PlanVersion, WorkerId};
 use conclave_placement::plan::Plan;
-use conclave_placement::state::{ClusterState, Residency, WorkerState};
+use conclave_placement::state::{ClusterState, Residency, WorkerRecord, WorkerState};
 
 /// What to load, in order, and how many more experts memory does not allow.
 #[derive(Debug, PartialEq, Eq)]
@@ -57,18 +57,24 @@ fn is_settled(plan: &Plan, cluster: &ClusterState, layer: LayerIdx, expert: Expe
 }
 
 /// Whether a worker that leaves may go: each of its experts is held by another one that stays, and nothing that the plan
-/// puts elsewhere is still on its way. Where there is nobody to hand over to, or nobody to hand over for, it may go too.
+/// puts elsewhere is still on its way. Who has not acted on this plan does not count: it may be about to let go, under the
+/// plan before. Where there is nobody to hand over to, or nobody to hand over for, it may go too.
 pub fn is_handed_over(me: &WorkerId, here: &Residency, cluster: &ClusterState) -> bool {
     let stays = |id: &WorkerId| *id != *me && cluster.workers.get(id).is_some_and(|worker| !cluster.is_leaving(worker));
     if cluster.routers.is_empty() || here.is_empty() || !cluster.workers.keys().any(stays) {
         return true;
     }
     let plan = cluster.plan.as_deref();
+    let version = plan.map_or(PlanVersion::NONE, |plan| plan.version);
     here.iter().all(|(layer, expert)| {
-        let mut holders = cluster.holders(layer, expert).filter(|worker| worker.state == WorkerState::Serving);
+        let keeps = |worker: &WorkerRecord| {
+            worker.state == WorkerState::Serving
+                && worker.plan_version >= version
+                && worker.resident.contains(layer, expert)
+                && stays(&worker.id)
+        };
         let planned = plan.map(|plan| plan.holders(layer, expert)).unwrap_or_default();
-        let arrived = |id: &WorkerId| cluster.workers.get(id).is_some_and(|w| w.resident.contains(layer, expert));
-        holders.any(|worker| stays(&worker.id)) && planned.iter().all(|id| stays(id) && arrived(id))
+        cluster.workers.values().any(keeps) && planned.iter().all(|id| cluster.workers.get(id).is_some_and(keeps))
     })
 }
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 
 use crate::ids::{ExpertId, LayerIdx, PlanVersion, WorkerId};
-use crate::plan::Plan;
+use crate::plan::{Move, Plan};
 use crate::planner::fate::{Fates, Spread};
 use crate::planner::{Problem, relative_speeds};
 use crate::state::Residency;
@@ -224,12 +224,13 @@ fn layers(plan: &Plan, problem: &Problem<'_>, rules: &mut Vec<Rule>) {
 fn workers(plan: &Plan, problem: &Problem<'_>, previous: Option<&Plan>, held: &Held<'_>, rules: &mut Vec<Rule>) {
     let live: HashMap<&WorkerId, usize> =
         problem.workers.iter().enumerate().map(|(at, worker)| (&worker.id, at)).collect();
-    let adding: Vec<WorkerId> = plan
-        .moves_from(previous)
-        .into_iter()
-        .filter(|change| !change.added.is_empty())
-        .map(|change| change.worker)
-        .collect();
+    // What a worker has already may be given to it whatever else it lacks: that takes no memory.
+    let takes_memory = |change: &Move| {
+        let resident = live.get(&change.worker).map(|at| &problem.workers[*at].resident);
+        change.added.iter().any(|(layer, expert)| resident.is_none_or(|there| !there.contains(layer, expert)))
+    };
+    let adding: Vec<WorkerId> =
+        plan.moves_from(previous).into_iter().filter(takes_memory).map(|change| change.worker).collect();
     for (id, experts) in &held.by_worker {
         let Some(&at) = live.get(id) else {
             rules.push(Rule::UnknownWorker { worker: (*id).clone(), experts: experts.len() });

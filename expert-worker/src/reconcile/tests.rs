@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use conclave_placement::ids::{Incarnation, PlanVersion, RouterId};
-use conclave_placement::state::{Locality, RouterRecord, WorkerRecord};
+use conclave_placement::ids::{Incarnation, RouterId};
+use conclave_placement::state::{Locality, RouterRecord};
 use proptest::prelude::*;
 
 use super::*;
@@ -110,6 +110,7 @@ fn a_worker_leaves_when_its_experts_are_elsewhere() {
     assert!(!may_go(worker("b", 1, &[0]), plan(1, &[&["a"], &["a"]])), "nobody else holds expert 1");
     assert!(!may_go(worker("b", 1, &[0, 1]), plan(1, &[&["a", "b"], &["a", "b"]])), "nothing was planned yet");
     assert!(!may_go(worker("b", 2, &[0]), plan(2, &[&["b"], &["b"]])), "expert 1 is on its way");
+    assert!(!may_go(worker("b", 1, &[0, 1]), plan(2, &[&["b"], &["b"]])), "it may be about to let go, not knowing");
     assert!(may_go(worker("b", 2, &[0, 1]), plan(2, &[&["b"], &["b"]])));
     let draining = WorkerRecord { state: WorkerState::Draining, ..worker("b", 1, &[]) };
     assert!(may_go(draining, plan(1, &[&["a"], &["a"]])), "everybody leaves: there is nobody to wait for");

@@ -179,3 +179,17 @@ fn impossible_problems_are_refused() {
     let exhausted = plan(&still(&model, &both, 1), Some(&last));
     assert_eq!(exhausted, Err(Error::VersionsExhausted));
 }
+
+#[test]
+fn a_full_worker_that_waits_for_one_expert_may_be_given_others_that_it_has() {
+    let (model, mut workers) = (model(1, 4), workers(&[30, 30]));
+    let w1 = workers[1].id.clone();
+    let resident = |experts: &[u16]| experts.iter().map(|expert| (LayerIdx(1), ExpertId(*expert))).collect();
+    workers[0].resident = resident(&[0, 1, 2]);
+    let one = first(&still(&model, &workers, 1));
+    let waits = vec![vec![w1.clone()], vec![w1.clone()], vec![w1], vec![workers[0].id.clone()]];
+    let one = Plan { layers: BTreeMap::from([(LayerIdx(1), waits)]), ..one };
+    workers.truncate(1);
+    let two = plan(&still(&model, &workers, 1), Some(&one)).unwrap().expect("w1 left");
+    assert_eq!(two.assigned_to(&workers[0].id), resident(&[0, 1, 3]));
+}

@@ -6,7 +6,8 @@
 //! - **Release** what the plan no longer gives it, once that cannot hurt: every router has moved on to this plan, and
 //!   every worker that should hold the expert instead holds it and has acted on this plan. The second condition is what
 //!   keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
-//!   gives it until a later one.
+//!   gives it until a later one. Where memory is full and more should come, one such holder is enough: two full workers
+//!   would otherwise wait for each other, each with what the other should have.
 
 use conclave_placement::ids::{ExpertId, LayerIdx, PlanVersion, WorkerId};
 use conclave_placement::plan::Plan;
@@ -34,17 +35,32 @@ pub fn is_served(cluster: &ClusterState, layer: LayerIdx, expert: ExpertId) -> b
     cluster.holders(layer, expert).any(|worker| worker.state != WorkerState::Starting)
 }
 
+/// Who must hold an expert before another one lets go of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Enough {
+    /// Everybody whom the plan gives it.
+    All,
+    /// One of them: memory is needed for something else.
+    One,
+}
+
 /// What of `here` may be let go under `plan`, which gives this worker `assigned`.
-pub fn releasable(plan: &Plan, assigned: &Residency, here: &Residency, cluster: &ClusterState) -> Residency {
+pub fn releasable(
+    plan: &Plan,
+    assigned: &Residency,
+    here: &Residency,
+    cluster: &ClusterState,
+    enough: Enough,
+) -> Residency {
     if cluster.routers.values().any(|router| router.plan_version < plan.version) {
         return Residency::new();
     }
     let surplus = here.iter().filter(|(layer, expert)| !assigned.contains(*layer, *expert));
-    surplus.filter(|(layer, expert)| is_settled(plan, cluster, *layer, *expert)).collect()
+    surplus.filter(|(layer, expert)| is_settled(plan, cluster, *layer, *expert, enough)).collect()
 }
 
-/// Whether everybody who should hold an expert does, and has said so in knowledge of this plan.
-fn is_settled(plan: &Plan, cluster: &ClusterState, layer: LayerIdx, expert: ExpertId) -> bool {
+/// Whether enough of those who should hold an expert do, and have said so in knowledge of this plan.
+fn is_settled(plan: &Plan, cluster: &ClusterState, layer: LayerIdx, expert: ExpertId, enough: Enough) -> bool {
     let holders = plan.holders(layer, expert);
     let holds = |id: &WorkerId| {
         cluster.workers.get(id).is_some_and(|worker| {
@@ -53,7 +69,10 @@ fn is_settled(plan: &Plan, cluster: &ClusterState, layer: LayerIdx, expert: Expe
                 && worker.resident.contains(layer, expert)
         })
     };
-    !holders.is_empty() && holders.iter().all(holds)
+    match enough {
+        Enough::All => !holders.is_empty() && holders.iter().all(holds),
+        Enough::One => holders.iter().any(holds),
+    }
 }
 
 /// Whether a worker that leaves may go: each of its experts is held by another one that stays, and nothing that the plan

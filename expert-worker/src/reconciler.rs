@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::loader::{Error, Weights};
 use crate::metrics::Metrics;
-use crate::reconcile;
+use crate::reconcile::{self, Enough};
 use crate::registration::Registration;
 use crate::residency::Resident;
 
@@ -97,6 +97,7 @@ impl<W: Weights> Reconciler<W> {
                 Some(plan) => self.follow(plan, &state, &view, &stop).await,
                 None => Pass::Done,
             };
+            let enough = if pass == Pass::Full { Enough::One } else { Enough::All };
             let again = match pass {
                 Pass::Interrupted => continue,
                 Pass::Failed => {
@@ -112,7 +113,7 @@ impl<W: Weights> Reconciler<W> {
             // Loading may have taken long; letting go needs the newest picture, and the plan that was followed.
             let newest = view.borrow().clone();
             match &newest.plan {
-                Some(plan) if plan.version == self.assigned.0 => self.let_go(plan, &newest).await,
+                Some(plan) if plan.version == self.assigned.0 => self.let_go(plan, &newest, enough).await,
                 Some(_) => continue,
                 None => {}
             }
@@ -214,7 +215,7 @@ impl<W: Weights> Reconciler<W> {
     }
 
     /// Retires what may go, and drops what retired long enough ago.
-    async fn let_go(&mut self, plan: &Plan, state: &ClusterState) {
+    async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) {
         let now = Instant::now();
         while let Some((_, layer, expert)) = self.retiring.pop_front_if(|(at, ..)| *at <= now) {
             self.resident.forget(layer, expert, self.budget.expert_bytes);
@@ -225,7 +226,7 @@ impl<W: Weights> Reconciler<W> {
         // Without the store this picture may be old: whoever should have an expert may be gone by now.
         if self.registration.is_registered() {
             let here = self.resident.snapshot();
-            let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state);
+            let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state, enough);
             for (layer, expert) in goes.iter() {
                 self.resident.retire(layer, expert);
                 self.retiring.push_back((now + RETIRE_GRACE, layer, expert));

@@ -79,7 +79,7 @@ fn only_what_is_lacking_is_loaded_and_only_while_memory_lasts() {
 fn let_go(b: WorkerRecord, routed: u64) -> bool {
     let plan = plan(2, &[&["b"]]);
     let state = cluster(vec![worker("a", 2, &[0]), b], plan.clone(), routed);
-    releasable(&plan, &Residency::new(), &residency(&[0]), &state) == residency(&[0])
+    releasable(&plan, &Residency::new(), &residency(&[0]), &state, Enough::All) == residency(&[0])
 }
 
 #[test]
@@ -93,10 +93,23 @@ fn an_expert_goes_when_its_new_holder_has_it_and_every_router_has_moved_on() {
 }
 
 #[test]
+fn one_of_several_holders_is_enough_where_memory_is_full() {
+    let plan = plan(2, &[&["b", "c"]]);
+    let let_go = |c: WorkerRecord, enough| {
+        let state = cluster(vec![worker("a", 2, &[0]), worker("b", 2, &[]), c], plan.clone(), 2);
+        !releasable(&plan, &Residency::new(), &residency(&[0]), &state, enough).is_empty()
+    };
+    assert!(!let_go(worker("c", 2, &[0]), Enough::All), "b lacks it");
+    assert!(let_go(worker("c", 2, &[0]), Enough::One));
+    assert!(!let_go(worker("c", 1, &[0]), Enough::One), "c may be about to let go");
+    assert!(!let_go(worker("c", 2, &[]), Enough::One), "nobody has it");
+}
+
+#[test]
 fn an_expert_that_is_planned_nowhere_stays() {
     let plan = plan(2, &[&[]]);
     let state = cluster(vec![worker("a", 2, &[0])], plan.clone(), 2);
-    assert!(releasable(&plan, &Residency::new(), &residency(&[0]), &state).is_empty());
+    assert!(releasable(&plan, &Residency::new(), &residency(&[0]), &state, Enough::All).is_empty());
 }
 
 #[test]
@@ -143,7 +156,7 @@ proptest! {
                 if me == owner {
                     mine.resident.insert(LAYER, ExpertId(0));
                 } else {
-                    for (layer, expert) in releasable(&plan, &assigned, &mine.resident.clone(), &state).iter() {
+                    for (layer, expert) in releasable(&plan, &assigned, &mine.resident.clone(), &state, Enough::One).iter() {
                         mine.resident.remove(layer, expert);
                     }
                 }

@@ -246,7 +246,7 @@ impl<'a> Round<'a> {
         let mut sent = Vec::new();
         for index in 0..self.jobs.len() {
             let job = &self.jobs[index];
-            if job.done || !job.late_at.is_some_and(|late_at| late_at <= now) {
+            if job.done || job.late_at.is_none_or(|late_at| late_at > now) {
                 continue;
             }
             let standing = |worker: u32| {

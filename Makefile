@@ -39,6 +39,7 @@ drills: setup-build setup-etcd build-programs ## Break clusters under load, at f
 bench: setup-build setup-python build-programs demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
 	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2
 	@target/debug/conclave-bench all --model $(MODEL) $(if $(JSON),--json)
+	@cargo run --quiet --package conclave-placement --example plan_scale --locked >&2
 
 lint: setup-build check-fmt check-clippy check-deps check-scripts ## Check formatting, clippy, dependencies and shell scripts
 

@@ -27,13 +27,16 @@ pub(super) fn complete(draft: &mut Draft<'_>, fates: &Fates, before: &[Vec<usize
     draft.short = draft.holders.iter().any(|holders| holders.len() < draft.wanted);
 }
 
-/// Only copies come first where a worker's memory has shrunk.
+/// Only copies come first where a worker's memory has shrunk. A copy that its worker lacks, and has no memory for, is not
+/// kept where another worker has it: the two may wait for each other, each with what the other should have.
 fn keep(draft: &mut Draft<'_>, before: &[Vec<usize>]) {
     let mut order: Vec<usize> = (0..before.len()).collect();
     order.sort_by_key(|slot| before[*slot].len());
     for slot in order {
         for worker in before[slot].iter().copied() {
-            if draft.has_room(worker) {
+            let stuck = !draft.fits(slot, worker) && !draft.is_resident(slot, worker);
+            let elsewhere = || (0..draft.workers).any(|other| other != worker && draft.is_resident(slot, other));
+            if draft.has_room(worker) && !(stuck && elsewhere()) {
                 draft.give(slot, worker);
             }
         }

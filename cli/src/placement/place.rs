@@ -47,7 +47,7 @@ impl Where {
         let ready = self.ready_file.as_deref().map(Ready::read).transpose()?;
         let (spec, named) = match &ready {
             Some(ready) => (ready.store.clone(), None),
-            None => self.from_flags_or_environment()?,
+            None => self.spec_and_cluster()?,
         };
         let store = store::connect(&spec)?;
         let (cluster, state) = match tokio::time::timeout(TIMEOUT, find(&store, named, ready.as_ref())).await {
@@ -59,7 +59,7 @@ impl Where {
 
     /// The store's spec and the cluster, as servers would understand the same environment. It is read here, not by clap,
     /// for which a variable would contradict `--ready-file` as the flag does.
-    fn from_flags_or_environment(&self) -> anyhow::Result<(String, Option<Cluster>)> {
+    fn spec_and_cluster(&self) -> anyhow::Result<(String, Option<Cluster>)> {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let store = self.store.clone().or_else(|| variable("CONCLAVE_STORE"));
         let cluster = match (&self.cluster, variable("CONCLAVE_CLUSTER")) {

@@ -57,6 +57,8 @@ struct Looks {
     last: Instant,
     /// The last one was found, and may be one of several.
     found: bool,
+    /// How many workers there were then.
+    workers: usize,
 }
 
 impl Controller {
@@ -67,7 +69,7 @@ impl Controller {
         mut leads: watch::Receiver<Option<Term>>,
         stop: CancellationToken,
     ) {
-        let mut looks = Looks { last: Instant::now(), found: false };
+        let mut looks = Looks { last: Instant::now(), found: false, workers: 0 };
         loop {
             let state = cluster.borrow_and_update().clone();
             let leading = leads.borrow_and_update().is_some();
@@ -101,18 +103,22 @@ impl Controller {
         if period.is_zero() {
             return None;
         }
+        let workers = state.workers.len();
         let wait = match self.policy.urge(state) {
             Urge::Unsettled => return None,
-            Urge::None if !looks.found => period,
-            Urge::Uneven if !looks.found => period / SOONER,
-            Urge::None | Urge::Uneven | Urge::Newcomer => LOOK_EVERY,
+            _ if looks.found => LOOK_EVERY,
+            // Of no use the last time; another one may be.
+            Urge::Newcomer if looks.workers == workers => period,
+            Urge::Newcomer => LOOK_EVERY,
+            Urge::Uneven => period / SOONER,
+            Urge::None => period,
         };
         let due = looks.last + wait;
         if due > Instant::now() {
             return Some(due);
         }
         let better = self.next(state, true).await;
-        *looks = Looks { last: Instant::now(), found: better.is_some() };
+        *looks = Looks { last: Instant::now(), found: better.is_some(), workers };
         match better {
             Some(plan) => self.put(&plan).await,
             None => Some(looks.last + period),

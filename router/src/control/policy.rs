@@ -122,3 +122,6 @@ fn is_settled(plan: &Plan, state: &ClusterState) -> bool {
         holders.iter().all(|id| state.workers.get(id).is_none_or(|worker| worker.resident.contains(layer, expert)))
     })
 }
+
+#[cfg(test)]
+mod tests;

@@ -217,7 +217,8 @@ impl<W: Weights> Reconciler<W> {
     /// Retires what may go, and drops what retired long enough ago.
     async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) {
         let now = Instant::now();
-        while let Some((_, layer, expert)) = self.retiring.pop_front_if(|(at, ..)| *at <= now) {
+        while let Some((_, layer, expert)) = self.retiring.front().copied().filter(|(at, ..)| *at <= now) {
+            self.retiring.pop_front();
             self.resident.forget(layer, expert, self.budget.expert_bytes);
             if let Err(error) = self.weights.drop_expert(layer, expert).await {
                 tracing::error!(%layer, %expert, %error, "an expert could not be dropped");

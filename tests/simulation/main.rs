@@ -12,6 +12,7 @@ mod worker;
 mod router;
 mod judge;
 mod witness;
+mod log;
 mod world;
 mod seeds;
 
@@ -21,6 +22,14 @@ use world::{Sabotage, live};
 #[test]
 fn whatever_happens_plans_only_grow_and_no_expert_is_let_go_while_nobody_else_holds_it() {
     seeds::run();
+}
+
+/// About one in a hundred does not: a channel of tokio's wakes several tasks of one moment in an order of its own.
+#[test]
+fn a_seed_repeats_itself() {
+    let live = |seed| live(Scenario::of(seed), Sabotage::None).story;
+    let repeated = (0..10).filter(|seed| live(*seed) == live(*seed)).count();
+    assert!(repeated >= 8, "{repeated} of 10 seeds repeated themselves");
 }
 
 /// The proof that the witness can see: each of these must be noticed within a few seeds.

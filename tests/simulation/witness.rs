@@ -91,6 +91,11 @@ impl Witness {
         self.seen.lock().tell(what.into());
     }
 
+    /// A promise that was broken.
+    pub fn accuse(&self, what: String) {
+        self.seen.lock().accuse(what);
+    }
+
     pub fn breach(&self) -> Option<String> {
         self.seen.lock().breach.clone()
     }

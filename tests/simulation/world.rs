@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, watch};
 use crate::{
     depot::{self, ORDERS, Order},
     link::{Link, Weather},
+    log::Errors,
     router,
     scenario::{Fault, Scenario, chance_of},
     witness::{End, Tally, Witness},
@@ -67,7 +68,9 @@ pub fn live(scenario: Scenario, sabotage: Sabotage) -> Outcome {
     let seed = scenario.seed;
     // Names of runs and waits between tries are drawn from it.
     chance::repeat(seed);
-    let outcome = World::new(scenario, Arc::clone(&witness), sabotage).run();
+    let errors = Errors(Arc::clone(&witness));
+    let outcome =
+        tracing::subscriber::with_default(errors, || World::new(scenario, Arc::clone(&witness), sabotage).run());
     let breach = outcome.err().or_else(|| witness.breach());
     Outcome { seed, tally: witness.tally(), breach, story: witness.story() }
 }

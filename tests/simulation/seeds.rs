@@ -40,7 +40,7 @@ pub fn run() {
             }
             let mut outcome = live(Scenario::of(seed), Sabotage::None);
             if outcome.breach.is_none() && end - first > 1 {
-                outcome.story.clear();
+                outcome.story = String::new();
             }
             outcomes.lock().push(outcome);
         }

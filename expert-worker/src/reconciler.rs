@@ -217,15 +217,24 @@ impl<W: Weights> Reconciler<W> {
     /// Retires what may go, and drops what retired long enough ago.
     async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) {
         let now = Instant::now();
+        // Without the store this picture may be old: whoever should have an expert may be gone by now.
+        let is_current = self.registration.is_registered();
         while let Some((_, layer, expert)) = self.retiring.front().copied().filter(|(at, ..)| *at <= now) {
             self.retiring.pop_front();
-            self.resident.forget(layer, expert, self.budget.expert_bytes);
-            if let Err(error) = self.weights.drop_expert(layer, expert).await {
-                tracing::error!(%layer, %expert, %error, "an expert could not be dropped");
+            let it = Residency::from_iter([(layer, expert)]);
+            if !is_current {
+                self.retiring.push_back((now + RETIRE_GRACE, layer, expert));
+            } else if reconcile::releasable(plan, &self.assigned.1, &it, state, Enough::One).is_empty() {
+                // Whoever had it has gone meanwhile.
+                self.resident.revive(layer, expert);
+            } else {
+                self.resident.forget(layer, expert, self.budget.expert_bytes);
+                if let Err(error) = self.weights.drop_expert(layer, expert).await {
+                    tracing::error!(%layer, %expert, %error, "an expert could not be dropped");
+                }
             }
         }
-        // Without the store this picture may be old: whoever should have an expert may be gone by now.
-        if self.registration.is_registered() {
+        if is_current {
             let here = self.resident.snapshot();
             let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state, enough);
             for (layer, expert) in goes.iter() {

@@ -115,7 +115,10 @@ async fn crowd_on(chosen: impl Fn(&str) -> bool) {
         assert!(total("preemptions").await > 0.0, "{}: nobody had to give up its blocks", golden.name);
         assert!(total("prefix_found_tokens").await > 0.0, "{}: no prefix was found", golden.name);
         assert!(total("micro_batches").await > total("steps").await, "{}: no step was divided", golden.name);
-        assert!(answers.iter().any(|answer| answer.started.cached_tokens >= 128), "{}: not told", golden.name);
+        // Who of a crowd finds the shared prefix at its start is a matter of luck; who asks twice alone does.
+        let twice = || client.answer(crowd(config).swap_remove(0));
+        let (_, again) = (twice().await, twice().await);
+        assert!(again.started.cached_tokens >= 128, "{}: not told", golden.name);
         if config.mtp_layer().is_some() {
             let (drafted, accepted) = (total("drafted_tokens").await, total("accepted_tokens").await);
             println!("{}: {accepted} of {drafted} guesses were right", golden.name);

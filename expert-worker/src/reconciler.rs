@@ -192,7 +192,7 @@ impl<W: Weights> Reconciler<W> {
         self.resident.insert(layer, id, self.budget.expert_bytes);
         let took = started.elapsed();
         self.metrics.load_seconds.observe(took.as_secs_f64());
-        if self.registration.record().speed == 0.0 {
+        if !self.registration.is_measured() {
             match self.weights.measure(layer, id).await {
                 Ok(speed) => self.registration.is_as_fast_as(speed),
                 Err(error) => tracing::warn!(%error, "an expert could not be measured"),

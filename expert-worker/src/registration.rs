@@ -63,6 +63,11 @@ impl Registration {
         }
     }
 
+    /// Whether it was said how fast this worker is.
+    pub fn is_measured(&self) -> bool {
+        self.current.lock().record.speed > 0.0
+    }
+
     /// Whether the record surely is in the store now.
     pub fn is_registered(&self) -> bool {
         self.current.lock().membership.as_ref().is_some_and(|membership| *membership.registered().borrow())

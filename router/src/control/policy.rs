@@ -97,10 +97,11 @@ impl Policy {
             return Urge::Unsettled;
         }
         let holders: BTreeSet<&WorkerId> = plan.iter().flat_map(|(.., holders)| holders).collect();
-        if planner::candidates(state).iter().any(|worker| !holders.contains(&worker.id)) {
+        let workers = planner::candidates(state);
+        if workers.iter().any(|worker| !holders.contains(&worker.id)) {
             return Urge::Newcomer;
         }
-        let balance = known_load(state).and_then(|load| balancedness(plan, &load, &planner::candidates(state)));
+        let balance = known_load(state).and_then(|load| balancedness(plan, &load, &workers));
         match balance {
             Some(balance) if balance < self.rebalance.below => Urge::Uneven,
             _ => Urge::None,

@@ -51,10 +51,10 @@ impl Pace {
     /// From when on an answer to `assignments` assignments is late; `None` where nobody knows.
     pub fn late_after(&self, assignments: usize) -> Option<Duration> {
         let (size, classes) = (class(assignments), self.0.lock());
-        let larger = (size..CLASSES).find_map(|class| classes[class].usual());
+        let larger = || (size + 1..CLASSES).find_map(|class| classes[class].usual());
         // What only smaller batches are known of may take as much longer as it is larger.
         let smaller = || (0..size).rev().find_map(|class| Some(classes[class].usual()? * (1 << (size - class))));
-        let usual = classes[size].usual().or_else(smaller).or(larger)?;
+        let usual = classes[size].usual().or_else(smaller).or_else(larger)?;
         Some((usual * LATE.0).max(LATE.1))
     }
 }

@@ -77,7 +77,11 @@ impl Reporter {
         sliding.read(began.elapsed(), sent.totals());
         let task = tokio::spawn(async move {
             match joining.await {
-                Ok(membership) => report(&sent, &membership, sliding, (began, window), &left).await,
+                Ok(membership) => {
+                    report(&sent, &membership, sliding, (began, window), &left).await;
+                    // Dropped, it would leave too, but perhaps after this process has ended.
+                    membership.leave().await;
+                }
                 Err(_) if left.is_cancelled() => {}
                 Err(error) => warn!(%error, "the load of this router stays untold"),
             }

@@ -30,6 +30,7 @@ pub mod device;
 
 // One forward pass, in the order a row meets the parts.
 pub mod hidden;
+pub(crate) mod kernels;
 mod linear;
 mod norm;
 mod rope;

@@ -1,0 +1,276 @@
+//! The rows of a product, laid out as the kernel that takes them reads them. In: rows. Out: an [`Operand`]. Never here: a
+//! sum.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    ptr::NonNull,
+};
+
+use half::bf16;
+
+use super::{
+    isa::Isa,
+    matrix::{Matrix, Values},
+    team,
+};
+use crate::device::Dtype;
+
+/// Steps of tiles and pairs, in values of the inner dimension.
+pub(super) const STEP: usize = 32;
+/// Rows of an operand that one tile holds.
+pub(super) const TILE_ROWS: usize = 16;
+/// From this many rows on, the team lays them out.
+const ROWS_FOR_TEAM: usize = 64;
+
+/// How rows lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
+    /// f32 `[T, inner]`; rounded to BF16 first where the model computes in that.
+    Lanes { rounded: bool },
+    /// BF16 `[T, inner]`, rows padded with zeros to whole steps.
+    Pairs,
+    /// BF16 `[ceil(T / columns), steps, 16, columns, 2]`: what AMX wants of a right-hand side, pairs of the inner dimension
+    /// from top to bottom, rows from left to right. `columns` is 16, or T where that is less.
+    Tiles,
+}
+
+impl Format {
+    /// The one to multiply `matrix` with, on `isa`, for a model that computes in `dtype`.
+    pub(crate) fn of(isa: Isa, dtype: Dtype, matrix: &Matrix<'_>) -> Self {
+        let whole_steps = match matrix.values {
+            Values::F32(_) => false,
+            Values::Bf16(_) => true,
+            Values::Fp8 { block, .. } => block.is_multiple_of(2 * STEP),
+        };
+        match (dtype, isa) {
+            (Dtype::Bf16, Isa::Amx) if whole_steps => Self::Tiles,
+            (Dtype::Bf16, Isa::Amx | Isa::Avx512Bf16) if whole_steps => Self::Pairs,
+            (dtype, _) => Self::Lanes { rounded: dtype == Dtype::Bf16 },
+        }
+    }
+}
+
+/// Rows `[T, inner]` as they come.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rows<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+impl<'a> Rows<'a> {
+    /// Values.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::F32(values) => values.len(),
+            Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// `len` values from `start` on.
+    pub(crate) fn part(&self, start: usize, len: usize) -> Self {
+        match self {
+            Self::F32(values) => Self::F32(&values[start..][..len]),
+            Self::Bf16(values) => Self::Bf16(&values[start..][..len]),
+        }
+    }
+}
+
+/// Rows in a [`Format`].
+#[derive(Debug)]
+pub(crate) struct Operand {
+    pub(crate) format: Format,
+    pub(crate) rows: usize,
+    pub(crate) inner: usize,
+    memory: Memory,
+}
+
+impl Operand {
+    /// All zero.
+    pub(crate) fn zeros(format: Format, rows: usize, inner: usize) -> Self {
+        let padded = inner.next_multiple_of(2 * STEP);
+        let bytes = match format {
+            Format::Lanes { .. } => rows * inner * 4,
+            Format::Pairs => rows * padded * 2,
+            Format::Tiles => rows.next_multiple_of(columns(rows)) * padded * 2,
+        };
+        Self { format, rows, inner, memory: Memory::zeroed(bytes) }
+    }
+
+    /// Panics where `rows` are not whole rows of `inner` values.
+    pub(crate) fn of(format: Format, rows: Rows<'_>, inner: usize) -> Self {
+        let len = rows.len();
+        assert!(inner > 0 && len.is_multiple_of(inner), "{len} values are no rows of {inner}");
+        Self::gathered(format, len / inner, inner, &|row| rows.part(row * inner, inner))
+    }
+
+    /// Of `rows` rows, `row(t)` being the values of row t. Panics where they are not `inner` values.
+    pub(crate) fn gathered<'a>(
+        format: Format,
+        rows: usize,
+        inner: usize,
+        row: &(dyn Fn(usize) -> Rows<'a> + Sync),
+    ) -> Self {
+        let operand = Self::zeros(format, rows, inner);
+        let lay_out = |t: usize| {
+            let values = row(t);
+            assert_eq!(values.len(), inner, "a whole row");
+            match values {
+                Rows::F32(values) => operand.put(t, 0, values),
+                Rows::Bf16(values) => operand.put_bf16(t, values),
+            }
+        };
+        if rows >= ROWS_FOR_TEAM {
+            team::run(rows.div_ceil(TILE_ROWS), &|tile| {
+                (tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS)).for_each(lay_out);
+            });
+        } else {
+            (0..rows).for_each(lay_out);
+        }
+        operand
+    }
+
+    /// Rows of a tile.
+    pub(super) fn columns(&self) -> usize {
+        columns(self.rows)
+    }
+
+    /// Values of a padded row.
+    pub(super) fn padded(&self) -> usize {
+        self.inner.next_multiple_of(2 * STEP)
+    }
+
+    /// Bytes in front of tile row group `group`, which has [`columns`](Self::columns) rows, at step `step`.
+    pub(super) fn tile(&self, group: usize, step: usize) -> *const u8 {
+        let columns = self.columns();
+        self.memory.start().wrapping_add((group * self.padded() / STEP + step) * columns * STEP * 2)
+    }
+
+    /// f32 values of `row`, in [`Format::Lanes`].
+    pub(super) fn lanes(&self, row: usize) -> *const f32 {
+        self.memory.start().cast::<f32>().wrapping_add(row * self.inner)
+    }
+
+    /// BF16 values of `row`, in [`Format::Pairs`].
+    pub(super) fn pairs(&self, row: usize) -> *const bf16 {
+        self.memory.start().cast::<bf16>().wrapping_add(row * self.padded())
+    }
+
+    /// Writes `values` into `row` from `start` on, which is even. Different stretches may be written by different threads
+    /// at once; nobody may read meanwhile, nor may two write one stretch.
+    pub(super) fn put(&self, row: usize, start: usize, values: &[f32]) {
+        assert!(row < self.rows && start + values.len() <= self.inner, "a row of the operand");
+        match self.format {
+            Format::Lanes { rounded } => {
+                let to = self.lanes(row).cast_mut().wrapping_add(start);
+                // SAFETY: the stretch lies within the memory (checked above), which is the operand's own and is written
+                // through raw pointers only; that stretches do not overlap between threads is the caller's.
+                let to = unsafe { std::slice::from_raw_parts_mut(to, values.len()) };
+                if rounded {
+                    to.iter_mut().zip(values).for_each(|(to, value)| *to = widen(round(*value)));
+                } else {
+                    to.copy_from_slice(values);
+                }
+            }
+            Format::Pairs => {
+                let to = self.pairs(row).cast_mut().cast::<u16>().wrapping_add(start);
+                // SAFETY: as above.
+                let to = unsafe { std::slice::from_raw_parts_mut(to, values.len()) };
+                to.iter_mut().zip(values).for_each(|(to, value)| *to = round(*value));
+            }
+            Format::Tiles => {
+                let mut rounded = [0u16; 64];
+                for (part, values) in values.chunks(rounded.len()).enumerate() {
+                    rounded.iter_mut().zip(values).for_each(|(to, value)| *to = round(*value));
+                    self.put_pairs(row, start + part * rounded.len(), &rounded[..values.len()]);
+                }
+            }
+        }
+    }
+
+    fn put_bf16(&self, row: usize, values: &[bf16]) {
+        match self.format {
+            Format::Lanes { .. } => {
+                let mut wide = [0f32; 64];
+                for (part, values) in values.chunks(wide.len()).enumerate() {
+                    wide.iter_mut().zip(values).for_each(|(to, value)| *to = widen(value.to_bits()));
+                    self.put(row, part * wide.len(), &wide[..values.len()]);
+                }
+            }
+            Format::Pairs => {
+                // SAFETY: as in `put`; the row has at least as many values as are given.
+                let to = unsafe { std::slice::from_raw_parts_mut(self.pairs(row).cast_mut(), self.inner) };
+                to.copy_from_slice(values);
+            }
+            Format::Tiles => {
+                // SAFETY: a BF16 number and a u16 have one layout.
+                let bits = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u16>(), values.len()) };
+                self.put_pairs(row, 0, bits);
+            }
+        }
+    }
+
+    /// Into tiles: pair p of a step goes to line p, at the row's place in it.
+    fn put_pairs(&self, row: usize, start: usize, bits: &[u16]) {
+        debug_assert!(start.is_multiple_of(2));
+        let (columns, first) = (self.columns(), start / 2);
+        let (group, column) = (row / columns, row % columns);
+        let base = self.tile(group, 0).cast_mut().cast::<u32>().wrapping_add(column);
+        for (pair, bits) in bits.chunks(2).enumerate() {
+            let pair = first + pair;
+            let value = u32::from(bits[0]) | bits.get(1).map_or(0, |high| u32::from(*high) << 16);
+            // SAFETY: pair `pair` of the row lies within the memory: the row and its values do (checked by `put`).
+            unsafe { base.wrapping_add(pair * columns).write(value) };
+        }
+    }
+}
+
+fn columns(rows: usize) -> usize {
+    rows.clamp(1, TILE_ROWS)
+}
+
+/// To the nearest BF16 number, ties to even; what is no number stays none.
+#[inline(always)]
+pub(crate) fn round(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet = (bits >> 16) | 0x40;
+    (if value.is_nan() { quiet } else { rounded }) as u16
+}
+
+#[inline(always)]
+pub(crate) fn widen(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// Zeroed memory that begins on a cache line.
+#[derive(Debug)]
+pub(super) struct Memory {
+    start: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: it is memory of its own, like a `Vec`'s; who writes to it when is `Operand::put`'s contract.
+unsafe impl Send for Memory {}
+// SAFETY: as above.
+unsafe impl Sync for Memory {}
+
+impl Memory {
+    pub(super) fn zeroed(bytes: usize) -> Self {
+        let Ok(layout) = Layout::from_size_align(bytes.max(64), 64) else { panic!("{bytes} bytes are too many") };
+        // SAFETY: the layout's size is not zero.
+        let start = unsafe { alloc_zeroed(layout) };
+        let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
+        Self { start, layout }
+    }
+
+    pub(super) fn start(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // SAFETY: it came from `alloc_zeroed` with this layout.
+        unsafe { dealloc(self.start.as_ptr(), self.layout) };
+    }
+}

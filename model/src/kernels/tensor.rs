@@ -1,0 +1,57 @@
+//! The door between libtorch's tensors and the kernels. In: tensors on the processor. Out: their memory as slices, for as long
+//! as they are borrowed. Never here: a copy, a device other than the processor.
+
+use half::bf16;
+use tch::{Device, Kind, Tensor};
+
+use super::{operand::Rows, product::Out};
+
+/// The values of an f32 tensor. Panics where it is another kind of tensor.
+pub(crate) fn f32s(tensor: &Tensor) -> &[f32] {
+    slice(tensor, Kind::Float)
+}
+
+/// The values of a BF16 tensor.
+pub(crate) fn bf16s(tensor: &Tensor) -> &[bf16] {
+    slice(tensor, Kind::BFloat16)
+}
+
+/// The values of a tensor of bytes.
+pub(crate) fn bytes(tensor: &Tensor) -> &[u8] {
+    slice(tensor, Kind::Uint8)
+}
+
+/// The values of a tensor in a format that models compute in.
+pub(crate) fn rows(tensor: &Tensor) -> Rows<'_> {
+    match tensor.kind() {
+        Kind::Float => Rows::F32(f32s(tensor)),
+        _ => Rows::Bf16(bf16s(tensor)),
+    }
+}
+
+/// A new tensor's memory, to be filled. The tensor must be kept, and not be read meanwhile.
+pub(crate) fn out(tensor: &mut Tensor) -> Out {
+    check(tensor, tensor.kind());
+    match tensor.kind() {
+        Kind::Float => Out::F32(tensor.data_ptr().cast()),
+        Kind::BFloat16 => Out::Bf16(tensor.data_ptr().cast()),
+        kind => panic!("kernels write no {kind:?}"),
+    }
+}
+
+fn slice<T>(tensor: &Tensor, kind: Kind) -> &[T] {
+    check(tensor, kind);
+    if tensor.numel() == 0 {
+        return &[];
+    }
+    // SAFETY: a contiguous tensor on the processor of `kind`, whose values are `T`s, as the three functions above pair
+    // them; the tensor keeps the memory for as long as it is borrowed.
+    unsafe { std::slice::from_raw_parts(tensor.data_ptr().cast_const().cast(), tensor.numel()) }
+}
+
+fn check(tensor: &Tensor, kind: Kind) {
+    assert!(
+        tensor.device() == Device::Cpu && tensor.kind() == kind && tensor.is_contiguous(),
+        "kernels read contiguous {kind:?} on the processor, not {tensor:?}"
+    );
+}

@@ -3,7 +3,7 @@
 //!
 //! In: segments of sequences. Out: angles, slots and parts. Never here: hidden values; anything that differs by layer.
 
-use std::collections::BTreeMap;
+use std::{cell::OnceCell, collections::BTreeMap};
 
 use tch::{Device, Kind, Tensor};
 
@@ -33,6 +33,17 @@ pub struct Batch<'a> {
     pub(crate) rope: &'a Rope,
     pub(crate) angles: Angles,
     /// Where each row's latent goes, `[T]`.
+    pub(crate) slots: Vec<usize>,
+    pub(crate) segments: Vec<Segment>,
+    device: Device,
+    numerics: Numerics,
+    plan: OnceCell<Plan>,
+}
+
+/// How libtorch computes a pass's attention.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    /// As the batch's, `[T]`.
     pub(crate) slots: Tensor,
     pub(crate) parts: Vec<Part>,
     /// From the parts' rows, one part after the other, to the pass's; `None` where they are in order.
@@ -66,23 +77,33 @@ pub(crate) enum Part {
 impl<'a> Batch<'a> {
     pub(crate) fn new(segments: &[Segment], rope: &'a Rope, device: Device, numerics: Numerics) -> Self {
         let positions: Vec<i64> = segments.iter().flat_map(|s| s.start..s.start + s.rows).map(|p| p as i64).collect();
-        let slots: Vec<i64> = segments.iter().flat_map(slots).collect();
-        let (parts, order) = divide(segments, device, numerics);
         Self {
             rope,
             angles: rope.angles(&positions),
-            slots: Tensor::from_slice(&slots).to_device(device),
-            parts,
-            order: order.map(|order| Tensor::from_slice(&order).to_device(device)),
+            slots: segments.iter().flat_map(slots).collect(),
+            segments: segments.to_vec(),
+            device,
+            numerics,
+            plan: OnceCell::new(),
         }
+    }
+
+    /// Made when it is first asked for, once for all layers.
+    pub(crate) fn plan(&self) -> &Plan {
+        self.plan.get_or_init(|| {
+            let slots: Vec<i64> = self.slots.iter().map(|&slot| slot as i64).collect();
+            let (parts, order) = divide(&self.segments, self.device, self.numerics);
+            Plan {
+                slots: Tensor::from_slice(&slots).to_device(self.device),
+                parts,
+                order: order.map(|order| Tensor::from_slice(&order).to_device(self.device)),
+            }
+        })
     }
 }
 
-fn slots(segment: &Segment) -> impl Iterator<Item = i64> + '_ {
-    let slot = |token: usize| {
-        let block = segment.blocks[token / BLOCK_TOKENS] as usize;
-        (block * BLOCK_TOKENS + token % BLOCK_TOKENS) as i64
-    };
+fn slots(segment: &Segment) -> impl Iterator<Item = usize> + '_ {
+    let slot = |token: usize| segment.blocks[token / BLOCK_TOKENS] as usize * BLOCK_TOKENS + token % BLOCK_TOKENS;
     (segment.start..segment.start + segment.rows).map(slot)
 }
 

@@ -6,7 +6,12 @@
 
 use tch::Tensor;
 
-use crate::{batch::Segment, config::ModelConfig, device::Compute};
+use crate::{
+    batch::Segment,
+    config::ModelConfig,
+    device::Compute,
+    kernels::{Rows, attention::Blocks, product::Out, tensor},
+};
 
 /// Tokens in a block.
 pub const BLOCK_TOKENS: usize = 64;
@@ -61,6 +66,19 @@ impl KvCache {
     pub(crate) fn write(&self, layer: usize, slots: &Tensor, rows: &Tensor) {
         let mut flat = self.layers[layer].view([-1, self.width]);
         let _ = flat.index_copy_(0, slots, rows);
+    }
+
+    /// A layer's blocks as kernels read them.
+    pub(crate) fn blocks(&self, layer: usize) -> Blocks<'_> {
+        match tensor::rows(&self.layers[layer]) {
+            Rows::F32(values) => Blocks::F32(values),
+            Rows::Bf16(values) => Blocks::Bf16(values),
+        }
+    }
+
+    /// Where a layer's rows `[blocks * 64, C+R]` are written by kernels, while nobody reads [`blocks`](Self::blocks).
+    pub(crate) fn place(&self, layer: usize) -> Out {
+        tensor::out(&self.layers[layer])
     }
 
     /// The rows `[len, C+R]` of `keys` from row `start` on, which is a multiple of 64.

@@ -5,7 +5,15 @@
 
 use std::collections::BTreeMap;
 
-use crate::{expert::Expert, hidden::Hidden};
+use crate::{
+    expert::Expert,
+    hidden::Hidden,
+    kernels::{
+        Isa, Rows,
+        product::Out,
+        swiglu::{Network, swiglu},
+    },
+};
 
 /// Rows of one layer that one router sent at once.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,8 +55,9 @@ pub enum Error {
 /// One row of one batch that goes through an expert.
 struct Assignment {
     batch: usize,
+    /// Of the assignment in the batch.
     index: usize,
-    row: i64,
+    row: usize,
 }
 
 /// Computes `batches`, which share a layer, together: each expert sees its rows of all of them in one product.
@@ -56,17 +65,15 @@ struct Assignment {
 /// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
 pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Vec<f32>>, Error> {
     let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
-    let mut first_row = 0;
     for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
         if expert_ids.len() != row_ids.len() || row_ids.iter().any(|&row| row as usize >= *rows) {
             let (hidden, expert_ids, row_ids) = (hidden.len(), expert_ids.len(), row_ids.len());
             return Err(Error::Inconsistent { rows: *rows, hidden, expert_ids, row_ids });
         }
         for (index, (&expert, &row)) in expert_ids.iter().zip(row_ids).enumerate() {
-            let assignment = Assignment { batch, index, row: first_row + i64::from(row) };
+            let assignment = Assignment { batch, index, row: row as usize };
             by_expert.entry(expert).or_default().push(assignment);
         }
-        first_row += *rows as i64;
     }
 
     let mut experts = Vec::with_capacity(by_expert.len());
@@ -80,18 +87,53 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
             .collect());
     };
     let hidden = any.hidden_size();
-    let values: Vec<f32> = batches.iter().flat_map(|batch| batch.hidden.iter().copied()).collect();
-    let rows = Hidden::from_rows(&values, hidden, any.compute());
-
     let mut outputs: Vec<Vec<f32>> = batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
-    for (expert, assignments) in experts {
-        let indices: Vec<i64> = assignments.iter().map(|assignment| assignment.row).collect();
-        let computed = expert.forward(&rows.select(&indices)).to_rows();
+    for (computed, assignments) in each_expert(&experts, batches, hidden).iter().zip(experts.iter().map(|each| each.1)) {
         for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments) {
             outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
         }
     }
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
+}
+
+/// Each expert's rows, f32 `[n, D]`: all experts as one piece of work where our kernels compute them, else one by one.
+fn each_expert(
+    experts: &[(&Expert, &Vec<Assignment>)],
+    batches: &[&ExpertBatch],
+    hidden: usize,
+) -> Vec<Vec<f32>> {
+    let gathered: Vec<Vec<f32>> = experts
+        .iter()
+        .map(|(_, assignments)| {
+            let mut rows = Vec::with_capacity(assignments.len() * hidden);
+            for Assignment { batch, row, .. } in *assignments {
+                rows.extend_from_slice(&batches[*batch].hidden[row * hidden..(row + 1) * hidden]);
+            }
+            rows
+        })
+        .collect();
+    let by_kernels = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
+    if !by_kernels {
+        let one = |(expert, _): &(&Expert, _), rows: &Vec<f32>| {
+            expert.forward(&Hidden::from_rows(rows, hidden, expert.compute())).to_rows()
+        };
+        return experts.iter().zip(&gathered).map(|(expert, rows)| one(expert, rows)).collect();
+    }
+    let mut computed: Vec<Vec<f32>> = gathered.iter().map(|rows| vec![0.0; rows.len()]).collect();
+    let networks: Vec<Network<'_>> = experts
+        .iter()
+        .zip(&gathered)
+        .zip(&mut computed)
+        .map(|(((expert, _), rows), computed)| expert.network(Rows::F32(rows), Out::F32(computed.as_mut_ptr())))
+        .collect();
+    if let Some((expert, _)) = experts.first() {
+        // SAFETY: each output is as large as its rows, and nobody else touches it until this returns.
+        #[allow(unsafe_code)]
+        unsafe {
+            swiglu(Isa::best(), expert.compute().dtype, &networks);
+        }
+    }
+    computed
 }
 
 /// Per row the weighted sum over its assignments, in the batch's order, where weights are given.

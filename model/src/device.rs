@@ -7,6 +7,8 @@ use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::kernels;
+
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -154,6 +156,10 @@ pub fn init_thread(threads: usize) {
     std::mem::forget(tch::no_grad_guard());
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = if threads == 0 { cores } else { threads };
+    // Ours are the process's, and those who only load or draw need none.
+    if threads > 1 {
+        kernels::team::gather(threads);
+    }
     // libtorch sets a thread's count lazily to whatever any thread of the process last asked for. Asking first makes that
     // happen now, so that what is set here stays.
     tch::get_num_threads();

@@ -2,13 +2,19 @@
 //!
 //! In: rows `[n, D]`. Out: rows `[n, D]`, unweighted. Never here: which rows, whose rows, what they weigh.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
 use crate::{
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
-    device::{Compute, Numerics},
+    device::{Compute, Device},
     hidden::Hidden,
+    kernels::{
+        Isa, Rows,
+        product::Out,
+        swiglu::{Network, swiglu},
+        tensor,
+    },
     linear::Linear,
 };
 
@@ -18,7 +24,7 @@ pub(crate) struct Mlp {
     gate: Linear,
     up: Linear,
     down: Linear,
-    numerics: Numerics,
+    compute: Compute,
 }
 
 impl Mlp {
@@ -35,31 +41,34 @@ impl Mlp {
             gate: load("gate_proj", [inner, hidden])?,
             up: load("up_proj", [inner, hidden])?,
             down: load("down_proj", [hidden, inner])?,
-            numerics: compute.numerics,
+            compute,
         })
     }
 
+    /// `[n, D]` to `[n, D]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let gate = self.gate.forward(x);
-        let activated = match self.numerics {
-            Numerics::Fast => gate.silu(),
-            Numerics::Reproducible => silu_one_by_one(&gate),
-        };
-        self.down.forward(&(activated * self.up.forward(x)))
+        if self.for_libtorch(x.size()[0]) {
+            let activated = self.gate.forward(x).silu() * self.up.forward(x);
+            return self.down.forward(&activated);
+        }
+        let x = x.contiguous();
+        let y = Tensor::empty(x.size().as_slice(), (x.kind(), tch::Device::Cpu));
+        let network = self.network(tensor::rows(&x), tensor::out(&y));
+        // SAFETY: `y` is as large as `x`, and nobody else's yet.
+        #[allow(unsafe_code)]
+        unsafe {
+            swiglu(Isa::best(), self.compute.dtype, &[network]);
+        }
+        y
     }
-}
 
-/// `x / (1 + e^-x)`, each value by the same instructions. libtorch's kernel takes whole vectors by one exponential and
-/// the values left over by another, so its last bits depend on how many values there are.
-fn silu_one_by_one(x: &Tensor) -> Tensor {
-    if x.device().is_cuda() {
-        return x.silu();
+    fn for_libtorch(&self, rows: i64) -> bool {
+        [&self.gate, &self.up, &self.down].into_iter().all(|linear| linear.for_libtorch(rows).is_some())
     }
-    let flat = x.to_kind(Kind::Float).contiguous();
-    let mut values = vec![0.0f32; flat.numel()];
-    flat.copy_data(&mut values, flat.numel());
-    values.iter_mut().for_each(|value| *value /= 1.0 + (-*value).exp());
-    Tensor::from_slice(&values).view(x.size().as_slice()).to_kind(x.kind())
+
+    fn network<'a>(&'a self, x: Rows<'a>, out: Out) -> Network<'a> {
+        Network { gate: self.gate.matrix(), up: self.up.matrix(), down: self.down.matrix(), x, out }
+    }
 }
 
 /// One routed expert: the unit of placement, of failure and of scaling.
@@ -92,5 +101,15 @@ impl Expert {
     /// Rows `[n, D]` to rows `[n, D]`.
     pub fn forward(&self, rows: &Hidden) -> Hidden {
         Hidden(self.mlp.forward(&rows.0))
+    }
+
+    /// Whether our own kernels compute `rows` rows, so that several experts can be computed as one piece of work.
+    pub(crate) fn by_kernels(&self, rows: usize) -> bool {
+        self.compute.device == Device::Cpu && !self.mlp.for_libtorch(rows as i64)
+    }
+
+    /// As kernels see it, with rows `[n, D]` and where theirs go.
+    pub(crate) fn network<'a>(&'a self, x: Rows<'a>, out: Out) -> Network<'a> {
+        self.mlp.network(x, out)
     }
 }

@@ -1,26 +1,36 @@
 //! A matrix product with a stored weight.
 //!
 //! In: rows `[T, in]`. Out: rows `[T, out]`. Never here: a weight copied because of the batch it meets.
+//!
+//! On the processor our own kernels read the weight as it is stored, and no row depends on another. libtorch computes on
+//! GPUs, and on processors without AMX products of many rows where rows may depend on each other.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::{
-    checkpoint::{self, Checkpoint, Weight},
-    device::{Compute, Dtype, Numerics},
+    checkpoint::{self, Checkpoint, Stored, Weight},
+    device::{Compute, Device, Dtype, Numerics},
+    kernels::{
+        Format, Isa, Matrix, Operand,
+        product::{Job, products},
+        tensor,
+    },
 };
 
 /// `y = x W^T + b`, `W: [out, in]` as checkpoints store it.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    weight: Weight,
+    weight: Stored,
     bias: Option<Weight>,
     /// Columns of the result.
     out: i64,
-    /// Rows of every product, where that is fixed.
-    tile: Option<i64>,
+    compute: Compute,
 }
 
-/// The fixed shape that reproducible products run in.
+/// From this many rows on libtorch's products, whose rows depend on their number, cost less than ours on processors without
+/// AMX.
+const LIBTORCH_FROM_ROWS: i64 = 32;
+/// The fixed shape that reproducible products run in on a GPU.
 ///
 /// libtorch picks another summation order for other row counts: f32 rows change their bits at 1, 16 and 512 rows, bf16
 /// rows at more than 32 and, in some shapes, at 1. So every product has the same number of rows, padded with zeros.
@@ -34,30 +44,40 @@ impl Linear {
     pub(crate) fn load(
         checkpoint: &Checkpoint,
         name: &str,
-        [out, inner]: [usize; 2],
+        size: [usize; 2],
         bias: bool,
         compute: Compute,
     ) -> Result<Self, checkpoint::Error> {
-        let place = |weight: Weight| weight.to(compute.kind(), compute.torch_device());
-        let weight = place(checkpoint.load(&format!("{name}.weight"), &[out, inner])?);
-        let bias = if bias { Some(place(checkpoint.load(&format!("{name}.bias"), &[out])?)) } else { None };
+        let weight = format!("{name}.weight");
+        let weight = match compute.device {
+            Device::Cpu => checkpoint.load_stored(&weight, size)?,
+            Device::Cuda(_) => Stored::Plain(checkpoint.load(&weight, &size)?),
+        };
+        let bias = if bias { Some(checkpoint.load(&format!("{name}.bias"), &[size[0]])?) } else { None };
         Ok(Self::new(weight, bias, compute))
     }
 
-    pub(crate) fn new(weight: Weight, bias: Option<Weight>, compute: Compute) -> Self {
-        let tile = match (compute.numerics, compute.dtype) {
-            (Numerics::Fast, _) => None,
-            (Numerics::Reproducible, Dtype::F32) => Some(TILE_ROWS.0),
-            (Numerics::Reproducible, Dtype::Bf16) => Some(TILE_ROWS.1),
+    pub(crate) fn new(weight: Stored, bias: Option<Weight>, compute: Compute) -> Self {
+        let place = |weight: Weight| weight.to(compute.kind(), compute.torch_device());
+        let weight = match weight {
+            // Read as it is: BF16 is f32's upper half.
+            Stored::Plain(weight) if compute.device == Device::Cpu && weight.kind() == Kind::BFloat16 => {
+                Stored::Plain(weight)
+            }
+            Stored::Plain(weight) => Stored::Plain(place(weight)),
+            fp8 => fp8,
         };
-        let out = weight.size()[0];
-        let pad = |weight: Weight| match weight.dim() {
-            1 => Weight::owned(weight.constant_pad_nd([0, TILE_COLUMNS - out])),
-            _ => Weight::owned(weight.constant_pad_nd([0, 0, 0, TILE_COLUMNS - out])),
+        let out = match &weight {
+            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[0],
         };
-        match tile {
-            Some(_) if out < TILE_COLUMNS => Self { weight: pad(weight), bias: bias.map(pad), out, tile },
-            _ => Self { weight, bias, out, tile },
+        // Kernels add it in f32; libtorch wants it as it wants all.
+        let bias = bias.map(|bias| match compute.device {
+            Device::Cpu => bias.to(Kind::Float, tch::Device::Cpu),
+            Device::Cuda(_) => place(bias),
+        });
+        match tile(compute) {
+            Some(_) if out < TILE_COLUMNS => Self { weight: padded(weight, out), bias, out, compute },
+            _ => Self { weight, bias, out, compute },
         }
     }
 
@@ -66,26 +86,94 @@ impl Linear {
         Self { weight: self.weight.share(), bias: self.bias.as_ref().map(Weight::share), ..*self }
     }
 
-    /// `[T, in]` to `[T, out]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        match self.tile {
-            None => self.product(x),
-            Some(tile) => self.tiled(x, tile),
+    /// The weight as kernels read it. Panics on a GPU.
+    pub(crate) fn matrix(&self) -> Matrix<'_> {
+        self.weight.matrix()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn plain(&self) -> &Tensor {
+        match &self.weight {
+            Stored::Plain(weight) => weight,
+            Stored::Fp8 { .. } => panic!("an FP8 weight"),
         }
     }
 
-    fn product(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_deref())
+    /// Whether products of `rows` rows are left to libtorch, and the weight for them.
+    pub(crate) fn for_libtorch(&self, rows: i64) -> Option<&Tensor> {
+        match (&self.weight, self.compute.device) {
+            (Stored::Plain(weight), Device::Cuda(_)) => Some(weight),
+            (Stored::Plain(weight), Device::Cpu) => {
+                let better = rows >= LIBTORCH_FROM_ROWS
+                    && self.compute.numerics == Numerics::Fast
+                    && weight.kind() == self.compute.kind()
+                    && Format::of(Isa::best(), self.compute.dtype, &self.matrix()) != Format::Tiles;
+                if better { Some(weight) } else { None }
+            }
+            (Stored::Fp8 { .. }, _) => None,
+        }
     }
 
-    fn tiled(&self, x: &Tensor, tile: i64) -> Tensor {
+    /// `[T, in]` to `[T, out]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        match (self.for_libtorch(x.size()[0]), tile(self.compute)) {
+            (None, _) => self.by_kernels(x),
+            (Some(weight), None) => self.product(x, weight),
+            (Some(weight), Some(tile)) => self.tiled(x, weight, tile),
+        }
+    }
+
+    fn by_kernels(&self, x: &Tensor) -> Tensor {
+        let (matrix, x) = (self.matrix(), x.contiguous());
+        let format = Format::of(Isa::best(), self.compute.dtype, &matrix);
+        let operand = Operand::of(format, tensor::rows(&x), matrix.inner);
+        let y = Tensor::empty([x.size()[0], self.out], (x.kind(), tch::Device::Cpu));
+        let bias = self.bias.as_ref().map(|bias| tensor::f32s(bias));
+        let (out, stride) = (tensor::out(&y), matrix.out);
+        let job = Job { x: &operand, matrix, bias, out, stride, offset: 0 };
+        // SAFETY: `y` is `[T, out]`, and nobody else's yet.
+        #[allow(unsafe_code)]
+        unsafe {
+            products(Isa::best(), &[job]);
+        }
+        y
+    }
+
+    fn product(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        let bias = self.bias.as_ref().map(|bias| bias.to_kind(x.kind()));
+        x.linear(weight, bias.as_ref())
+    }
+
+    fn tiled(&self, x: &Tensor, weight: &Tensor, tile: i64) -> Tensor {
         let rows = x.size()[0];
         let part = |start| {
             let here = tile.min(rows - start);
             let padded = x.narrow(0, start, here).constant_pad_nd([0, 0, 0, tile - here]);
-            self.product(&padded).narrow(0, 0, here).narrow(1, 0, self.out)
+            padded.linear(weight, None::<&Tensor>).narrow(0, 0, here).narrow(1, 0, self.out)
         };
         let parts: Vec<Tensor> = (0..rows).step_by(tile as usize).map(part).collect();
-        Tensor::cat(&parts, 0)
+        let y = Tensor::cat(&parts, 0);
+        match &self.bias {
+            Some(bias) => y + &**bias,
+            None => y,
+        }
+    }
+}
+
+/// Rows of every product, where that is fixed.
+fn tile(compute: Compute) -> Option<i64> {
+    match (compute.device, compute.numerics, compute.dtype) {
+        (Device::Cpu, ..) | (_, Numerics::Fast, _) => None,
+        (_, Numerics::Reproducible, Dtype::F32) => Some(TILE_ROWS.0),
+        (_, Numerics::Reproducible, Dtype::Bf16) => Some(TILE_ROWS.1),
+    }
+}
+
+fn padded(weight: Stored, out: i64) -> Stored {
+    match weight {
+        Stored::Plain(weight) => {
+            Stored::Plain(Weight::owned(weight.constant_pad_nd([0, 0, 0, TILE_COLUMNS - out])))
+        }
+        fp8 => fp8,
     }
 }

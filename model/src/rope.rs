@@ -8,7 +8,10 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::config::{RopeConfig, Yarn};
+use crate::{
+    config::{RopeConfig, Yarn},
+    kernels::tensor,
+};
 
 /// The frequencies of one model.
 #[derive(Debug)]
@@ -26,6 +29,35 @@ pub(crate) struct Rope {
 pub(crate) struct Angles {
     cos: Tensor,
     sin: Tensor,
+    interleaved: bool,
+}
+
+/// The same as values, for rows on the processor.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct RowAngles<'a> {
+    cos: &'a [f32],
+    sin: &'a [f32],
+    interleaved: bool,
+}
+
+impl Angles {
+    /// Panics where they are on a GPU.
+    pub(crate) fn rows(&self) -> RowAngles<'_> {
+        RowAngles { cos: tensor::f32s(&self.cos), sin: tensor::f32s(&self.sin), interleaved: self.interleaved }
+    }
+}
+
+impl RowAngles<'_> {
+    /// Rotates one head's `[R]` of row `row`, in place.
+    pub(crate) fn rotate(self, row: usize, x: &mut [f32]) {
+        let half = x.len() / 2;
+        let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
+        for (pair, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+            let (first, second) = if self.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + half) };
+            let (a, b) = (x[first], x[second]);
+            (x[first], x[second]) = (a * cos - b * sin, a * sin + b * cos);
+        }
+    }
 }
 
 impl Rope {
@@ -40,10 +72,25 @@ impl Rope {
 
     /// Angles of rows at `positions`.
     pub(crate) fn angles(&self, positions: &[i64]) -> Angles {
+        let interleaved = self.interleaved;
+        if self.inv_freq.device() == Device::Cpu {
+            // One by one: libtorch takes whole vectors by one cosine and the values left over by another.
+            let inv_freq = tensor::f32s(&self.inv_freq);
+            let factor = self.attention_factor as f32;
+            let angle = |part: fn(f32) -> f32| -> Tensor {
+                let row = |position: &i64| {
+                    let position = *position as f32;
+                    inv_freq.iter().map(move |freq| part(position * freq) * factor)
+                };
+                let values: Vec<f32> = positions.iter().flat_map(row).collect();
+                Tensor::from_slice(&values).view([positions.len() as i64, 1, inv_freq.len() as i64])
+            };
+            return Angles { cos: angle(f32::cos), sin: angle(f32::sin), interleaved };
+        }
         let positions = Tensor::from_slice(positions).to_device(self.inv_freq.device()).to_kind(Kind::Float);
         let angles = positions.unsqueeze(-1) * self.inv_freq.unsqueeze(0); // [T, R/2]
         let (cos, sin) = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor);
-        Angles { cos: cos.unsqueeze(1), sin: sin.unsqueeze(1) }
+        Angles { cos: cos.unsqueeze(1), sin: sin.unsqueeze(1), interleaved }
     }
 
     /// Rotates `x: [T, heads, R]`.

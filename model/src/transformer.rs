@@ -7,7 +7,7 @@ use tch::Tensor;
 
 use crate::{
     batch::{Batch, Segment},
-    checkpoint::{self, Checkpoint, Weight},
+    checkpoint::{self, Checkpoint, Stored, Weight},
     config::ModelConfig,
     device::Compute,
     hidden::Hidden,
@@ -52,7 +52,7 @@ impl Transformer {
             rope: Rope::new(&config.rope, config.qk_rope_head_dim, compute.torch_device()),
             blocks,
             norm: RmsNorm::load(checkpoint, "model.norm", hidden, config.rms_norm_eps, compute)?,
-            head: Linear::new(place(checkpoint.load(head, &[vocab, hidden])?), None, compute),
+            head: Linear::new(Stored::Plain(checkpoint.load(head, &[vocab, hidden])?), None, compute),
             config,
             compute,
         })

@@ -7,6 +7,7 @@ pub mod fp8;
 mod identity;
 mod layout;
 mod safetensors;
+mod stored;
 mod weight;
 
 use std::path::{Path, PathBuf};
@@ -16,6 +17,7 @@ use tch::{Kind, Tensor};
 
 pub use error::Error;
 pub use identity::Identity;
+pub(crate) use stored::Stored;
 pub use weight::Weight;
 
 use crate::config::{Fp8Blocks, ModelConfig};
@@ -94,6 +96,23 @@ impl Checkpoint {
         }
     }
 
+    /// The same as stored, for kernels that read it in place: FP8 stays FP8.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load)'s.
+    pub(crate) fn load_stored(&self, name: &str, [out, inner]: [usize; 2]) -> Result<Stored, Error> {
+        let located = self.files.tensors.get(name);
+        let Some((located, blocks)) = located.filter(|located| located.dtype == Dtype::F8_E4M3).zip(self.config.quantization)
+        else {
+            return Ok(Stored::Plain(self.load(name, &[out, inner])?));
+        };
+        self.check_shape(name, located, &[out, inner])?;
+        let shard = &self.files.shards[located.shard];
+        let broken = |reason| Error::Tensor { file: shard.path.clone(), tensor: name.to_owned(), reason };
+        let codes = Weight::map(&shard.file, located, Kind::Uint8).map_err(broken)?;
+        Ok(Stored::Fp8 { codes, scales: self.scales(name, [out, inner], blocks)?, block: blocks.rows })
+    }
+
     /// Stored bytes of one routed expert, scales included; 0 for a model without any. All are the same size, give or take
     /// tensors stored in different dtypes.
     pub fn expert_bytes(&self) -> u64 {
@@ -152,13 +171,20 @@ impl Checkpoint {
         let [rows, cols] = located.shape[..] else {
             return Err(broken("an FP8 weight must have two dimensions".to_owned()));
         };
-        let scales = self.load(&layout::scales_of(name), &[rows.div_ceil(blocks.rows), cols.div_ceil(blocks.cols)])?;
-        let scales = tch::no_grad(|| Vec::<f32>::try_from(scales.to_kind(Kind::Float).flatten(0, -1)))
-            .map_err(|error| broken(error.to_string()))?;
+        let scales = self.scales(name, [rows, cols], blocks)?;
         let codes = weight::map_range(&shard.file, located).map_err(|error| broken(error.to_string()))?;
         let values = fp8::dequantise(&codes, &scales, cols, blocks.rows);
         let tensor = Tensor::f_from_slice(&values).and_then(|flat| flat.f_view([rows as i64, cols as i64]));
         tensor.map(Weight::owned).map_err(|error| broken(error.to_string()))
+    }
+
+    /// Those of an FP8 weight of this shape.
+    fn scales(&self, name: &str, [rows, cols]: [usize; 2], blocks: Fp8Blocks) -> Result<Vec<f32>, Error> {
+        let scales = self.load(&layout::scales_of(name), &[rows.div_ceil(blocks.rows), cols.div_ceil(blocks.cols)])?;
+        tch::no_grad(|| Vec::<f32>::try_from(scales.to_kind(Kind::Float).flatten(0, -1))).map_err(|error| {
+            let file = self.locate(name).map(|located| self.files.shards[located.shard].path.clone());
+            Error::Tensor { file: file.unwrap_or_default(), tensor: layout::scales_of(name), reason: error.to_string() }
+        })
     }
 
     fn locate(&self, name: &str) -> Result<&Located, Error> {

@@ -1,6 +1,6 @@
 //! Tensors over a file's own pages. In: an open safetensors file and a tensor's place in it. Out: a `Weight` that reads
 //! the mapped pages, so that processes on one host share them and only what is used is ever resident. Never here: a map
-//! wider than the one tensor asked for, a write to a mapped page, FP8.
+//! wider than the one tensor asked for, a write to a mapped page, the meaning of FP8 codes.
 
 use std::fs::File;
 use std::io;
@@ -90,7 +90,7 @@ pub(super) fn map_range(file: &File, located: &Located) -> io::Result<Mmap> {
 #[allow(unsafe_code)]
 fn over(map: &Mmap, size: &[i64], kind: Kind) -> Result<Tensor, String> {
     // SAFETY: the map holds `size`'s product of `kind`'s elements (the safetensors header was checked to say so), its
-    // start is aligned for `kind` (checked by the caller), and every bit pattern is a value of the float kinds used
-    // here. The caller keeps the map for as long as the tensor.
+    // start is aligned for `kind` (checked by the caller), and every bit pattern is a value of the float kinds and bytes
+    // used here. The caller keeps the map for as long as the tensor.
     unsafe { Tensor::f_from_blob(map.as_ptr(), size, &[], kind, Device::Cpu) }.map_err(|error| error.to_string())
 }

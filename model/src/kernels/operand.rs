@@ -11,7 +11,7 @@ use half::bf16;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    team,
+    rowwise, team,
 };
 use crate::device::Dtype;
 
@@ -63,6 +63,18 @@ impl<'a> Rows<'a> {
         match self {
             Self::F32(values) => values.len(),
             Self::Bf16(values) => values.len(),
+        }
+    }
+
+    /// As f32.
+    pub(crate) fn to_f32(self, isa: Isa) -> Vec<f32> {
+        match self {
+            Self::F32(values) => values.to_vec(),
+            Self::Bf16(values) => {
+                let mut wide = vec![0.0; values.len()];
+                rowwise::widen_all(isa, values, &mut wide);
+                wide
+            }
         }
     }
 

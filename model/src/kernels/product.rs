@@ -97,7 +97,7 @@ impl Out {
     /// # Safety
     /// `values` fit in from `at` on, and nobody else touches that meanwhile.
     #[inline]
-    pub(super) unsafe fn write(self, at: usize, values: &[f32]) {
+    pub(crate) unsafe fn write(self, at: usize, values: &[f32]) {
         // SAFETY: the caller's; a BF16 number and a u16 have one layout.
         unsafe {
             match self {

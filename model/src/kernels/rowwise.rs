@@ -73,11 +73,6 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    /// f32 to BF16, rounded to nearest.
-    pub(crate) fn round_all(from: &[f32], to: &mut [bf16]) = round_loop
-}
-
-for_each_isa! {
     /// BF16 to f32.
     pub(crate) fn widen_all(from: &[bf16], to: &mut [f32]) = widen_loop
 }
@@ -145,13 +140,6 @@ fn weigh_loop(sum: &mut [f32], weights: &[f32; 64], rows: &[f32], width: usize, 
         if *weight != 0.0 {
             add_times_loop(sum, if rounded { widen(round(*weight)) } else { *weight }, row);
         }
-    }
-}
-
-#[inline(always)]
-fn round_loop(from: &[f32], to: &mut [bf16]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = bf16::from_bits(round(*from));
     }
 }
 
@@ -268,8 +256,7 @@ mod tests {
         #[test]
         fn rounding_is_to_nearest_and_back_is_exact(bits: u32) {
             let value = f32::from_bits(bits);
-            let mut rounded = [bf16::ZERO];
-            round_all(Isa::best(), &[value], &mut rounded);
+            let rounded = [bf16::from_bits(round(value))];
             let right = bf16::from_f32(value);
             prop_assert!(rounded[0] == right || (rounded[0].is_nan() && right.is_nan()));
             let mut back = [0.0];

@@ -29,8 +29,8 @@ pub(crate) fn rows(tensor: &Tensor) -> Rows<'_> {
     }
 }
 
-/// A new tensor's memory, to be filled. The tensor must be kept, and not be read meanwhile.
-pub(crate) fn out(tensor: &mut Tensor) -> Out {
+/// A tensor's memory, to be written to. The tensor must be kept, and not be read meanwhile.
+pub(crate) fn out(tensor: &Tensor) -> Out {
     check(tensor, tensor.kind());
     match tensor.kind() {
         Kind::Float => Out::F32(tensor.data_ptr().cast()),

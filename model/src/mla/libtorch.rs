@@ -1,125 +1,25 @@
-//! Multi-head latent attention.
+//! Attention in libtorch's words: what computes it on GPUs, and what the kernels are compared with.
 //!
-//! In: normed rows of one or more sequences, and their caches. Out: one row each, to be added to the residual.
-//! Never here: rows of two sequences in one product of scores; a sequence never sees another's keys.
-//!
-//! Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; `inference/model.py` of DeepSeek-V3, whose two
-//! forms are kept: `naive` builds keys and values and is the specification, `absorbed` works on the latent itself.
+//! In: normed rows and their sequences' parts. Out: one row each. Never here: a kernel of ours.
 
 use tch::{Kind, Tensor};
 
+use super::Mla;
 use crate::{
-    batch::{Batch, Part},
+    batch::{Batch, Part, Plan},
     cache::{BLOCK_TOKENS, Keys, KvCache},
-    checkpoint::{self, Checkpoint},
-    config::ModelConfig,
-    device::{Compute, Numerics},
-    linear::Linear,
-    norm::RmsNorm,
-    rope::score_factor,
+    device::Numerics,
 };
 
 /// Scores that one product may make: the memory of a long prompt is bounded by its chunk, not by its square.
 const MOST_SCORES: i64 = 1 << 23;
 
-/// One layer's attention.
-#[derive(Debug)]
-pub(crate) struct Mla {
-    query: Query,
-    kv_a_proj: Linear,
-    kv_a_norm: RmsNorm,
-    /// W_UK `[H, N, C]` and W_UV `[H, V, C]`: the two halves of `kv_b_proj`.
-    key_up: Tensor,
-    value_up: Tensor,
-    o_proj: Linear,
-    heads: i64,
-    nope: i64,
-    rope: i64,
-    value: i64,
-    latent: i64,
-    scale: f64,
-    numerics: Numerics,
-}
-
-/// Queries come from the row itself, or through a latent of their own.
-#[derive(Debug)]
-enum Query {
-    Direct(Linear),
-    Latent { down: Linear, norm: RmsNorm, up: Linear },
-}
-
-impl Query {
-    fn load(
-        checkpoint: &Checkpoint,
-        name: &str,
-        config: &ModelConfig,
-        compute: Compute,
-    ) -> Result<Self, checkpoint::Error> {
-        let heads = config.num_attention_heads * (config.qk_nope_head_dim + config.qk_rope_head_dim);
-        let hidden = config.hidden_size;
-        let load = |part: &str, size, bias| Linear::load(checkpoint, &format!("{name}.{part}"), size, bias, compute);
-        Ok(match config.q_lora_rank {
-            None => Self::Direct(load("q_proj", [heads, hidden], false)?),
-            Some(rank) => Self::Latent {
-                down: load("q_a_proj", [rank, hidden], config.attention_bias)?,
-                norm: RmsNorm::load(checkpoint, &format!("{name}.q_a_layernorm"), rank, config.qk_norm_eps, compute)?,
-                up: load("q_b_proj", [heads, rank], false)?,
-            },
-        })
-    }
-
-    /// `[T, D]` to `[T, H*(N+R)]`.
-    fn forward(&self, x: &Tensor) -> Tensor {
-        match self {
-            Self::Direct(proj) => proj.forward(x),
-            Self::Latent { down, norm, up } => up.forward(&norm.forward(&down.forward(x))),
-        }
-    }
-}
-
 impl Mla {
-    pub(crate) fn load(
-        checkpoint: &Checkpoint,
-        layer: usize,
-        config: &ModelConfig,
-        compute: Compute,
-    ) -> Result<Self, checkpoint::Error> {
-        let name = format!("model.layers.{layer}.self_attn");
-        let (heads, nope, rope) = (config.num_attention_heads, config.qk_nope_head_dim, config.qk_rope_head_dim);
-        let (value, latent, hidden) = (config.v_head_dim, config.kv_lora_rank, config.hidden_size);
-        let load = |part: &str, size, bias| Linear::load(checkpoint, &format!("{name}.{part}"), size, bias, compute);
-        let kv_b = checkpoint
-            .load(&format!("{name}.kv_b_proj.weight"), &[heads * (nope + value), latent])?
-            .to(compute.kind(), compute.torch_device());
-        let kv_b = kv_b.view([heads as i64, (nope + value) as i64, latent as i64]);
-        Ok(Self {
-            query: Query::load(checkpoint, &name, config, compute)?,
-            kv_a_proj: load("kv_a_proj_with_mqa", [latent + rope, hidden], config.attention_bias)?,
-            kv_a_norm: RmsNorm::load(
-                checkpoint,
-                &format!("{name}.kv_a_layernorm"),
-                latent,
-                config.qk_norm_eps,
-                compute,
-            )?,
-            // Their own memory: the mapping they were cut from may go.
-            key_up: kv_b.narrow(1, 0, nope as i64).copy(),
-            value_up: kv_b.narrow(1, nope as i64, value as i64).copy(),
-            o_proj: load("o_proj", [hidden, heads * value], config.attention_bias)?,
-            heads: heads as i64,
-            nope: nope as i64,
-            rope: rope as i64,
-            value: value as i64,
-            latent: latent as i64,
-            scale: ((nope + rope) as f64).powf(-0.5) * score_factor(&config.rope),
-            numerics: compute.numerics,
-        })
-    }
-
-    /// Rows `[T, D]` of `batch` to rows `[T, D]`; their latents go to the cache.
-    pub(crate) fn forward(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
+    /// As [`forward`](Mla::forward), for any device.
+    pub(super) fn by_libtorch(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
         let rows = x.size()[0];
         let (rope, angles) = (batch.rope, &batch.angles);
+        let Plan { slots, parts, order } = batch.plan();
         let q = self.query.forward(x).view([rows, self.heads, self.nope + self.rope]);
         let q_nope = q.narrow(2, 0, self.nope); // [T, H, N]
         let q_pe = rope.rotate(&q.narrow(2, self.nope, self.rope), angles); // [T, H, R]
@@ -127,7 +27,7 @@ impl Mla {
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
         let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
         let k_pe = rope.rotate(&k_pe, angles).squeeze_dim(1); // [T, R]
-        cache.write(layer, &batch.slots, &Tensor::cat(&[latent, k_pe], 1));
+        cache.write(layer, slots, &Tensor::cat(&[latent, k_pe], 1));
 
         let part = |part: &Part| match part {
             Part::Together { rows, count, blocks, hidden } => {
@@ -139,8 +39,8 @@ impl Mla {
                 self.alone(&rows_of(&q_nope), &rows_of(&q_pe), *before, &Lookup { cache, layer, keys })
             }
         };
-        let mut out = Tensor::cat(&batch.parts.iter().map(part).collect::<Vec<_>>(), 0); // [T, H, V]
-        if let Some(order) = &batch.order {
+        let mut out = Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0); // [T, H, V]
+        if let Some(order) = order {
             out = out.index_select(0, order);
         }
         self.o_proj.forward(&out.view([rows, self.heads * self.value]))
@@ -212,7 +112,7 @@ impl Mla {
         let context = rows.size()[0];
         let latent = rows.narrow(1, 0, self.latent).unsqueeze(0); // [1, S, C]
         let k_pe = rows.narrow(1, self.latent, self.rope).unsqueeze(0); // [1, S, R]
-        let k_nope = latent.matmul(&self.key_up.transpose(1, 2)); // [H, S, N]
+        let k_nope = latent.matmul(&self.key_up); // [H, S, N]
         let k = Tensor::cat(&[k_nope, k_pe.expand([self.heads, context, self.rope], false)], 2);
         (k, latent.matmul(&self.value_up.transpose(1, 2)))
     }
@@ -246,7 +146,7 @@ impl Mla {
 
     /// `[T, H, N]`, `[T, H, R]` to queries of latents `[H, T, C+R]`.
     fn absorb(&self, q_nope: &Tensor, q_pe: &Tensor) -> Tensor {
-        let q_latent = q_nope.transpose(0, 1).matmul(&self.key_up); // [H, T, C]
+        let q_latent = q_nope.transpose(0, 1).matmul(&self.key_up.transpose(1, 2)); // [H, T, C]
         Tensor::cat(&[q_latent, q_pe.transpose(0, 1)], 2)
     }
 
@@ -284,20 +184,28 @@ impl Lookup<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::{batch::Segment, checkpoint::Weight, config::RopeConfig, device::init_thread, rope::Rope};
+    use super::{super::Query, *};
+    use crate::{
+        batch::Segment,
+        checkpoint::{Stored, Weight},
+        config::RopeConfig,
+        device::{Compute, Dtype, init_thread},
+        linear::Linear,
+        norm::RmsNorm,
+        rope::Rope,
+    };
 
     fn random_mla(numerics: Numerics) -> Mla {
         let (heads, nope, rope, value, latent, hidden) = (3, 8, 4, 6, 16, 24);
         let compute = Compute { numerics, ..Compute::REFERENCE };
         let tensor = |size: &[i64]| Tensor::randn(size, (Kind::Float, tch::Device::Cpu)) * 0.2;
-        let linear = |size: &[i64]| Linear::new(Weight::owned(tensor(size)), None, compute);
+        let linear = |size: &[i64]| Linear::new(Stored::Plain(Weight::owned(tensor(size))), None, compute);
         let checkpoint_free_norm = RmsNorm::of(Weight::owned(tensor(&[latent])), 1e-6);
         Mla {
             query: Query::Direct(linear(&[heads * (nope + rope), hidden])),
             kv_a_proj: linear(&[latent + rope, hidden]),
             kv_a_norm: checkpoint_free_norm,
-            key_up: tensor(&[heads, nope, latent]),
+            key_up: tensor(&[heads, latent, nope]),
             value_up: tensor(&[heads, value, latent]),
             o_proj: linear(&[hidden, heads * value]),
             heads,
@@ -307,6 +215,23 @@ mod tests {
             latent,
             scale: ((nope + rope) as f64).powf(-0.5),
             numerics,
+        }
+    }
+
+    impl Mla {
+        fn to_kind(&mut self, compute: Compute) {
+            let linear = |linear: &Linear| {
+                let weight = linear.plain().to_kind(compute.kind());
+                Linear::new(Stored::Plain(Weight::owned(weight)), None, compute)
+            };
+            if let Query::Direct(proj) = &self.query {
+                self.query = Query::Direct(linear(proj));
+            }
+            self.kv_a_proj = linear(&self.kv_a_proj);
+            self.o_proj = linear(&self.o_proj);
+            self.kv_a_norm = RmsNorm::of(Weight::owned(self.kv_a_norm.weight().to_kind(compute.kind())), 1e-6);
+            self.key_up = self.key_up.to_kind(compute.kind());
+            self.value_up = self.value_up.to_kind(compute.kind());
         }
     }
 
@@ -372,15 +297,61 @@ mod tests {
         let x = Tensor::randn([rows, 24], FLOAT);
         let batch = |segments: &[Segment]| Batch::new(segments, &rope, tch::Device::Cpu, Numerics::Fast);
         let together = batch(&segments);
-        assert!(together.parts.iter().any(|part| matches!(part, Part::Together { .. })) && together.order.is_some());
-        let together = mla.forward(0, &x, &together, &cache);
+        let plan = together.plan();
+        assert!(plan.parts.iter().any(|part| matches!(part, Part::Together { .. })) && plan.order.is_some());
+        let together = mla.by_libtorch(0, &x, &together, &cache);
         let mut first = 0;
         for segment in segments {
             let rows = segment.rows as i64;
-            let alone = mla.forward(0, &x.narrow(0, first, rows), &batch(std::slice::from_ref(&segment)), &cache);
+            let alone = mla.by_libtorch(0, &x.narrow(0, first, rows), &batch(std::slice::from_ref(&segment)), &cache);
             let off = worst(&alone, &together.narrow(0, first, rows));
             assert!(off < 1e-5, "{segment:?}: {off}");
             first += rows;
+        }
+    }
+
+    /// The sequences of one step: some with their last row only, one in the middle of its prompt, tables in no order.
+    fn step(context: usize) -> Vec<Segment> {
+        let segment = |rows, start, blocks: &[u32]| Segment { rows, start, blocks: blocks.to_vec() };
+        vec![
+            segment(1, context, &(0..17).rev().collect::<Vec<_>>()),
+            segment(2, 63, &[20, 18]),
+            segment(40, 30, &[31, 25]),
+            segment(1, 0, &[19]),
+            segment(3, 70, &[21, 30]),
+        ]
+    }
+
+    #[test]
+    fn kernels_compute_what_libtorch_does_and_every_row_as_if_alone() {
+        init_thread(2);
+        let config = RopeConfig { theta: 1e4, interleaved: true, scaling: None };
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let mut mla = random_mla(Numerics::Reproducible);
+            let kind = if dtype == Dtype::F32 { Kind::Float } else { Kind::BFloat16 };
+            mla.to_kind(Compute { dtype, numerics: Numerics::Reproducible, ..Compute::REFERENCE });
+            let rope = Rope::new(&config, mla.rope as usize, tch::Device::Cpu);
+            let cache = KvCache::of(Tensor::zeros([32, BLOCK_TOKENS as i64, mla.latent + mla.rope], FLOAT).to_kind(kind));
+            let _ = cache.rows(0, &Keys::Run { first: 0 }, 0, 32 * 64).uniform_(-1.0, 1.0);
+            for context in [3, 640, 1050] {
+                let segments = step(context);
+                let rows: i64 = segments.iter().map(|segment| segment.rows as i64).sum();
+                let x = Tensor::randn([rows, 24], FLOAT).to_kind(kind);
+                let batch = |segments: &[Segment]| Batch::new(segments, &rope, tch::Device::Cpu, Numerics::Fast);
+                let right = mla.by_libtorch(0, &x, &batch(&segments), &cache);
+                let ours = mla.by_kernels(0, &x, &batch(&segments), &cache);
+                let off = worst(&right.to_kind(Kind::Float), &ours.to_kind(Kind::Float));
+                assert!(off < if dtype == Dtype::F32 { 1e-5 } else { 2e-2 }, "{dtype:?} over {context}: {off}");
+                let mut first = 0;
+                for segment in segments {
+                    for row in 0..segment.rows {
+                        let alone = Segment { rows: 1, start: segment.start + row, blocks: segment.blocks.clone() };
+                        let alone = mla.by_kernels(0, &x.narrow(0, first, 1), &batch(&[alone]), &cache);
+                        assert!(alone.equal(&ours.narrow(0, first, 1)), "{dtype:?}: row {row} of {segment:?}");
+                        first += 1;
+                    }
+                }
+            }
         }
     }
 }

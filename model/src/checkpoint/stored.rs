@@ -1,0 +1,43 @@
+//! A weight of two dimensions as its file stores it. In: a tensor's place in a file. Out: memory that kernels multiply with
+//! in place. Never here: a value decoded; only scales, one per 16,384 codes, are read.
+
+use tch::Kind;
+
+use super::Weight;
+use crate::kernels::{
+    Matrix,
+    matrix::Values,
+    tensor::{bf16s, bytes, f32s},
+};
+
+/// `[out, inner]`.
+#[derive(Debug)]
+pub(crate) enum Stored {
+    /// Floating-point numbers.
+    Plain(Weight),
+    /// E4M3 codes, and f32 scales `[ceil(out / block), ceil(inner / block)]`.
+    Fp8 { codes: Weight, scales: Vec<f32>, block: usize },
+}
+
+impl Stored {
+    /// Another hold on the same memory.
+    pub(crate) fn share(&self) -> Self {
+        match self {
+            Self::Plain(weight) => Self::Plain(weight.share()),
+            Self::Fp8 { codes, scales, block } => {
+                Self::Fp8 { codes: codes.share(), scales: scales.clone(), block: *block }
+            }
+        }
+    }
+
+    /// As kernels read it. Panics where it is not on the processor, or neither f32 nor BF16 nor FP8.
+    pub(crate) fn matrix(&self) -> Matrix<'_> {
+        let (weight, values) = match self {
+            Self::Plain(weight) if weight.kind() == Kind::Float => (weight, Values::F32(f32s(weight))),
+            Self::Plain(weight) => (weight, Values::Bf16(bf16s(weight))),
+            Self::Fp8 { codes, scales, block } => (codes, Values::Fp8 { codes: bytes(codes), scales, block: *block }),
+        };
+        let size = weight.size();
+        Matrix::new(values, size[0] as usize, size[1] as usize)
+    }
+}

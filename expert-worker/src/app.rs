@@ -161,7 +161,8 @@ struct Prepared {
 
 async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     config.device.open()?;
-    let compute = Compute { device: config.device, dtype: config.dtype, numerics: config.numerics };
+    let compute = Compute::new(config.device, config.dtype, config.numerics);
+    tracing::info!(compute = compute.describe(), "experts are computed");
     let (checkpoint, identity) = loader::open(&config.model).await?;
     let model = Model::new(&checkpoint, identity, config.dtype);
     let store = store::connect(&config.store)?;

@@ -43,9 +43,9 @@ pub struct Config {
     /// Number format of the computation: f32 or bf16
     #[arg(long, default_value = "bf16")]
     pub dtype: Dtype,
-    /// fast, or reproducible: a row's bits do not depend on its batch
-    #[arg(long, default_value = "fast")]
-    pub numerics: Numerics,
+    /// reproducible: a row's bits do not depend on its batch, the default on processors; or fast, the default on GPUs
+    #[arg(long)]
+    pub numerics: Option<Numerics>,
     /// Threads for tensor work; 0 takes all cores
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,

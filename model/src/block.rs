@@ -3,6 +3,8 @@
 //! In: the residual stream `[T, D]`. Out: the same, one layer further.
 //! Never here: routed experts. Their outputs are brought by the caller, who alone knows where they were computed.
 
+use tch::{Device, Tensor};
+
 use crate::{
     batch::Batch,
     cache::KvCache,
@@ -12,6 +14,7 @@ use crate::{
     expert::Mlp,
     gate::{Gate, Routing},
     hidden::Hidden,
+    kernels::{Isa, Rows, rowwise, tensor},
     mla::Mla,
     norm::RmsNorm,
 };
@@ -120,6 +123,9 @@ impl Moe {
 
     /// `x + (routed + shared)`, where `routed` is the whole weighted sum over each row's experts, f32 `[T, D]`.
     pub fn finish(&self, x: &Hidden, routed: &[f32], shared: Option<Hidden>) -> Hidden {
+        if x.0.device() == Device::Cpu {
+            return Hidden(add_up(&x.0, routed, shared.as_ref().map(|shared| &shared.0)));
+        }
         let routed = Hidden::like(x, routed).0;
         let sum = match shared {
             Some(shared) => routed + shared.0,
@@ -127,4 +133,24 @@ impl Moe {
         };
         Hidden(&x.0 + sum)
     }
+}
+
+/// `x + (routed + shared)` in f32, rounded once.
+fn add_up(x: &Tensor, routed: &[f32], shared: Option<&Tensor>) -> Tensor {
+    let isa = Isa::best();
+    let y = Tensor::empty(x.size().as_slice(), (x.kind(), Device::Cpu));
+    let x = x.contiguous();
+    let mut sum = routed.to_vec();
+    for addend in [shared, Some(&x)].into_iter().flatten() {
+        match tensor::rows(addend) {
+            Rows::F32(values) => rowwise::add_times(isa, &mut sum, 1.0, values),
+            Rows::Bf16(values) => rowwise::add_bf16(isa, &mut sum, values),
+        }
+    }
+    // SAFETY: `y` is as large as `x`, and nobody else's yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        tensor::out(&y).write(0, &sum);
+    }
+    y
 }

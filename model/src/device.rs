@@ -64,7 +64,8 @@ pub enum Dtype {
 pub enum Numerics {
     /// They may, in the last places.
     Fast,
-    /// They do not: products run in fixed row tiles, attention row by row.
+    /// They do not. Our own kernels on the processor need do nothing for it but leave products of many rows to nobody else;
+    /// on a GPU products run in fixed row tiles, attention row by row.
     Reproducible,
 }
 
@@ -82,6 +83,25 @@ pub struct Compute {
 impl Compute {
     /// Plain f32 on the processor: the reference.
     pub const REFERENCE: Self = Self { device: Device::Cpu, dtype: Dtype::F32, numerics: Numerics::Fast };
+
+    /// Strictly where that costs nothing and nothing else was asked for: on the processor our kernels give every row its own
+    /// bits anyway, on GPUs it takes products of one fixed size.
+    pub fn new(device: Device, dtype: Dtype, numerics: Option<Numerics>) -> Self {
+        let numerics = numerics.unwrap_or(match device {
+            Device::Cpu => Numerics::Reproducible,
+            Device::Cuda(_) => Numerics::Fast,
+        });
+        Self { device, dtype, numerics }
+    }
+
+    /// In words, for the log: `cpu (amx), bf16, reproducible`.
+    pub fn describe(self) -> String {
+        let how = match self.device {
+            Device::Cpu => format!("cpu ({})", kernels::Isa::best().name()),
+            Device::Cuda(_) => self.device.to_string(),
+        };
+        format!("{how}, {}, {}", self.dtype, self.numerics)
+    }
 
     pub(crate) fn kind(self) -> tch::Kind {
         match self.dtype {

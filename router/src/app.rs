@@ -187,7 +187,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let sequences = config.limits().sequences;
     let blocks = kv_memory::blocks(config.kv_memory, &model.config, config.compute(), layers, sequences)?;
     let context_tokens = (blocks * BLOCK_TOKENS).min(model.config.max_position_embeddings);
-    info!(blocks, tokens = blocks * BLOCK_TOKENS, "latent cache");
+    info!(blocks, tokens = blocks * BLOCK_TOKENS, compute = config.compute().describe(), "latent cache");
     if context_tokens < model.config.max_position_embeddings {
         let model_allows = model.config.max_position_embeddings;
         warn!(context_tokens, model_allows, "the latent cache is smaller than the model's context");

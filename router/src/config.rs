@@ -46,9 +46,9 @@ pub struct Config {
     /// Number format of the computation: f32 or bf16
     #[arg(long, default_value = "bf16")]
     pub dtype: Dtype,
-    /// fast, or reproducible: a row's bits do not depend on its batch
-    #[arg(long, default_value = "fast")]
-    pub numerics: Numerics,
+    /// reproducible: a row's bits do not depend on its batch, the default on processors; or fast, the default on GPUs
+    #[arg(long)]
+    pub numerics: Option<Numerics>,
     /// Threads for tensor work; 0 takes all cores
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub threads: usize,
@@ -175,7 +175,7 @@ pub enum Wire {
 impl Config {
     /// How this process computes.
     pub fn compute(&self) -> Compute {
-        Compute { device: self.device, dtype: self.dtype, numerics: self.numerics }
+        Compute::new(self.device, self.dtype, self.numerics)
     }
 
     /// How rows travel.

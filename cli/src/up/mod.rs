@@ -47,7 +47,7 @@ pub(crate) struct Args {
     /// f32 or bf16; by default what the processes choose.
     #[arg(long, value_name = "f32|bf16")]
     dtype: Option<Dtype>,
-    /// fast, or reproducible: a token's bits then depend on neither batch nor placement.
+    /// reproducible: a token's bits depend on neither batch nor placement; or fast. By default what the processes choose.
     #[arg(long, value_name = "fast|reproducible")]
     numerics: Option<Numerics>,
     /// `embedded` serves one from this process; `etcd=URL` uses a running etcd.

@@ -364,19 +364,9 @@ impl<'a> Blocks<'a> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::product::tests::numbers, *};
 
     const WIDTH_MORE: usize = 8;
-
-    fn numbers(seed: u64, count: usize) -> Vec<f32> {
-        let mut state = seed | 1;
-        (0..count)
-            .map(|_| {
-                state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                (state >> 40) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
 
     /// Softmax and sum in f64, one query.
     fn plainly(q: &[f32], keys: &[&[f32]], shape: Shape) -> Vec<f64> {

@@ -2,7 +2,7 @@
 //! sum.
 
 use std::{
-    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error},
     ptr::NonNull,
 };
 
@@ -97,15 +97,20 @@ pub(crate) struct Operand {
 }
 
 impl Operand {
-    /// All zero.
-    pub(crate) fn zeros(format: Format, rows: usize, inner: usize) -> Self {
+    /// To be written before it is read, wherever a row has a value; what pads rows is zero.
+    pub(crate) fn empty(format: Format, rows: usize, inner: usize) -> Self {
         let padded = inner.next_multiple_of(2 * STEP);
         let bytes = match format {
             Format::Lanes { .. } => rows * inner * 4,
             Format::Pairs => rows * padded * 2,
             Format::Tiles => rows.next_multiple_of(columns(rows)) * padded * 2,
         };
-        Self { format, rows, inner, memory: Memory::zeroed(bytes) }
+        let full = match format {
+            Format::Lanes { .. } => true,
+            Format::Pairs => inner == padded,
+            Format::Tiles => inner == padded && rows.is_multiple_of(columns(rows)),
+        };
+        Self { format, rows, inner, memory: if full { Memory::unwritten(bytes) } else { Memory::zeroed(bytes) } }
     }
 
     /// Panics where `rows` are not whole rows of `inner` values.
@@ -122,7 +127,7 @@ impl Operand {
         inner: usize,
         row: &(dyn Fn(usize) -> Rows<'a> + Sync),
     ) -> Self {
-        let operand = Self::zeros(format, rows, inner);
+        let operand = Self::empty(format, rows, inner);
         let lay_out = |t: usize| {
             let values = row(t);
             assert_eq!(values.len(), inner, "a whole row");
@@ -224,14 +229,17 @@ impl Operand {
     /// Into tiles: pair p of a step goes to line p, at the row's place in it.
     fn put_pairs(&self, row: usize, start: usize, bits: &[u16]) {
         debug_assert!(start.is_multiple_of(2));
-        let (columns, first) = (self.columns(), start / 2);
+        let columns = self.columns();
         let (group, column) = (row / columns, row % columns);
-        let base = self.tile(group, 0).cast_mut().cast::<u32>().wrapping_add(column);
-        for (pair, bits) in bits.chunks(2).enumerate() {
-            let pair = first + pair;
-            let value = u32::from(bits[0]) | bits.get(1).map_or(0, |high| u32::from(*high) << 16);
+        let to = self.tile(group, 0).cast_mut().cast::<u32>().wrapping_add(start / 2 * columns + column);
+        let (pairs, rest) = bits.as_chunks::<2>();
+        for (pair, bits) in pairs.iter().enumerate() {
             // SAFETY: pair `pair` of the row lies within the memory: the row and its values do (checked by `put`).
-            unsafe { base.wrapping_add(pair * columns).write(value) };
+            unsafe { to.wrapping_add(pair * columns).write(u32::from(bits[0]) | u32::from(bits[1]) << 16) };
+        }
+        if let [last] = rest {
+            // SAFETY: as above.
+            unsafe { to.wrapping_add(pairs.len() * columns).write(u32::from(*last)) };
         }
     }
 }
@@ -254,7 +262,7 @@ pub(crate) fn widen(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
 }
 
-/// Zeroed memory that begins on a cache line.
+/// Memory that begins on a cache line.
 #[derive(Debug)]
 pub(super) struct Memory {
     start: NonNull<u8>,
@@ -268,9 +276,18 @@ unsafe impl Sync for Memory {}
 
 impl Memory {
     pub(super) fn zeroed(bytes: usize) -> Self {
+        Self::of(bytes, alloc_zeroed)
+    }
+
+    /// Nobody may read what was not written before.
+    fn unwritten(bytes: usize) -> Self {
+        Self::of(bytes, alloc)
+    }
+
+    fn of(bytes: usize, allocate: unsafe fn(Layout) -> *mut u8) -> Self {
         let Ok(layout) = Layout::from_size_align(bytes.max(64), 64) else { panic!("{bytes} bytes are too many") };
         // SAFETY: the layout's size is not zero.
-        let start = unsafe { alloc_zeroed(layout) };
+        let start = unsafe { allocate(layout) };
         let start = NonNull::new(start).unwrap_or_else(|| handle_alloc_error(layout));
         Self { start, layout }
     }
@@ -282,7 +299,7 @@ impl Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        // SAFETY: it came from `alloc_zeroed` with this layout.
+        // SAFETY: it was allocated with this layout.
         unsafe { dealloc(self.start.as_ptr(), self.layout) };
     }
 }

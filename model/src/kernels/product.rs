@@ -210,7 +210,7 @@ pub(super) fn with_two<T>(work: impl FnOnce(&mut Scratch, &mut Scratch) -> T) ->
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::{super::operand::Rows, super::reference, *};
@@ -218,14 +218,14 @@ mod tests {
 
     /// Weights in one stored format.
     #[derive(Debug, Clone)]
-    pub(crate) enum Stored {
+    pub(in crate::kernels) enum Stored {
         F32(Vec<f32>),
         Bf16(Vec<bf16>),
         Fp8(Vec<u8>, Vec<f32>),
     }
 
     impl Stored {
-        fn matrix(&self, out: usize, inner: usize) -> Matrix<'_> {
+        pub(in crate::kernels) fn matrix(&self, out: usize, inner: usize) -> Matrix<'_> {
             let values = match self {
                 Self::F32(values) => Values::F32(values),
                 Self::Bf16(values) => Values::Bf16(values),
@@ -235,7 +235,7 @@ mod tests {
         }
     }
 
-    fn stored(values: &[f32], out: usize, inner: usize, which: usize) -> Stored {
+    pub(in crate::kernels) fn stored(values: &[f32], out: usize, inner: usize, which: usize) -> Stored {
         match which {
             0 => Stored::F32(values.to_vec()),
             1 => Stored::Bf16(values.iter().map(|value| bf16::from_f32(*value)).collect()),
@@ -247,7 +247,7 @@ mod tests {
     }
 
     /// Numbers between -1 and 1, and some that are small or zero.
-    fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    pub(in crate::kernels) fn numbers(seed: u64, count: usize) -> Vec<f32> {
         let mut state = seed | 1;
         let mut next = || {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -262,7 +262,7 @@ mod tests {
             .collect()
     }
 
-    pub(crate) fn multiply(isa: Isa, dtype: Dtype, x: &[f32], matrix: &Matrix<'_>, bias: Option<&[f32]>) -> Vec<f32> {
+    fn multiply(isa: Isa, dtype: Dtype, x: &[f32], matrix: &Matrix<'_>, bias: Option<&[f32]>) -> Vec<f32> {
         let x = Operand::of(Format::of(isa, dtype, matrix), Rows::F32(x), matrix.inner);
         let mut y = vec![f32::NAN; x.rows * matrix.out];
         // SAFETY: as many values as the product has.

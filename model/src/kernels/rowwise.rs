@@ -53,7 +53,12 @@ for_each_isa! {
 
 for_each_isa! {
     /// `sum += by * values`.
-    pub(super) fn add_times(sum: &mut [f32], by: f32, values: &[f32]) = add_times_loop
+    pub(crate) fn add_times(sum: &mut [f32], by: f32, values: &[f32]) = add_times_loop
+}
+
+for_each_isa! {
+    /// `sum += values`.
+    pub(crate) fn add_bf16(sum: &mut [f32], values: &[bf16]) = add_bf16_loop
 }
 
 for_each_isa! {
@@ -101,6 +106,13 @@ fn exp_less_loop(values: &mut [f32], largest: f32) {
 fn add_times_loop(sum: &mut [f32], by: f32, values: &[f32]) {
     for (sum, value) in sum.iter_mut().zip(values) {
         *sum += by * value;
+    }
+}
+
+#[inline(always)]
+fn add_bf16_loop(sum: &mut [f32], values: &[bf16]) {
+    for (sum, value) in sum.iter_mut().zip(values) {
+        *sum += widen(value.to_bits());
     }
 }
 

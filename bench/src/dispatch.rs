@@ -16,13 +16,15 @@ use bytes::Bytes;
 use conclave_model::wire::{self as codec, Encoding};
 use conclave_proto::expert::v1 as wire;
 use conclave_proto::expert::v1::combine_batch::Outcome;
-use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
-use conclave_runtime::channel::{self, MAX_INTERNAL_MESSAGE};
+use conclave_proto::expert::EXCHANGE_PATH;
+use conclave_runtime::channel;
+use conclave_runtime::stream::{self, Message, Outbox};
+use conclave_runtime::wire_thread::WireThread;
+use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
 
 use crate::stats::Samples;
 
@@ -151,7 +153,7 @@ impl Far {
         let addresses: Value = serde_json::from_str(&line)?;
         let address =
             |key: &str| addresses[key].as_str().map(str::to_owned).context("the echo process gave no address");
-        Ok(Self { raw: address("raw")?, exchange: address("exchange")?, child })
+        Ok(Self { raw: address("raw")?, exchange: address(if std::env::var_os("LOCAL").is_some() {"local"} else {"exchange"})?, child })
     }
 
     async fn stop(mut self) -> anyhow::Result<()> {
@@ -186,26 +188,40 @@ impl Raw {
 
 /// One `Exchange` stream as the router holds it.
 struct Exchange {
-    batches: mpsc::Sender<wire::DispatchBatch>,
-    answers: tonic::Streaming<wire::CombineBatch>,
+    outbox: Outbox,
+    answers: mpsc::Receiver<Bytes>,
     batch_id: u64,
+    _wire: WireThread,
 }
 
 impl Exchange {
     async fn connect(address: &str) -> anyhow::Result<Self> {
-        let mut client = ExpertWorkerClient::new(channel::internal(address)?.connect().await?)
-            .max_decoding_message_size(MAX_INTERNAL_MESSAGE)
-            .max_encoding_message_size(MAX_INTERNAL_MESSAGE);
-        let (batches, queued) = mpsc::channel(16);
-        let answers = client.exchange(ReceiverStream::new(queued)).await?.into_inner();
-        Ok(Self { batches, answers, batch_id: 0 })
+        let wire = WireThread::start("wire")?;
+        let address = address.to_owned();
+        let opening = wire.spawn(async move {
+            let socket = if address.starts_with("conclave") { channel::local(&address).await? } else { channel::tcp(&address).await? };
+            anyhow::Ok(stream::open(socket, "bench", EXCHANGE_PATH, &[]).await?)
+        });
+        let (outbox, mut inbox) = opening.await??;
+        let (arrived, answers) = mpsc::channel(16);
+        wire.spawn(async move {
+            while let Ok(Some(message)) = inbox.next().await {
+                if arrived.send(message).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { outbox, answers, batch_id: 0, _wire: wire })
     }
 
     async fn round_trip(&mut self, mut batch: wire::DispatchBatch) -> anyhow::Result<Bytes> {
         self.batch_id += 1;
         batch.batch_id = self.batch_id;
-        self.batches.send(batch).await.context("the stream is closed")?;
-        let answer = self.answers.message().await?.context("the stream ended")?;
+        let mut message = Message::with_capacity(batch.encoded_len());
+        batch.encode(message.body())?;
+        self.outbox.send(message.finish()?).await?;
+        let answer = self.answers.recv().await.context("the stream ended")?;
+        let answer = wire::CombineBatch::decode(answer)?;
         ensure!(answer.batch_id == self.batch_id, "batch {} was answered by {}", self.batch_id, answer.batch_id);
         match answer.outcome {
             Some(Outcome::Returned(returned)) => Ok(returned.rows),

@@ -14,9 +14,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use conclave_model::wire::{self as codec, Encoding};
+use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_proto::expert::v1 as wire;
 use conclave_proto::expert::v1::combine_batch::Outcome;
-use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_runtime::channel;
 use conclave_runtime::stream::{self, Message, Outbox};
 use conclave_runtime::wire_thread::WireThread;
@@ -153,7 +153,11 @@ impl Far {
         let addresses: Value = serde_json::from_str(&line)?;
         let address =
             |key: &str| addresses[key].as_str().map(str::to_owned).context("the echo process gave no address");
-        Ok(Self { raw: address("raw")?, exchange: address(if std::env::var_os("LOCAL").is_some() {"local"} else {"exchange"})?, child })
+        Ok(Self {
+            raw: address("raw")?,
+            exchange: address(if std::env::var_os("LOCAL").is_some() { "local" } else { "exchange" })?,
+            child,
+        })
     }
 
     async fn stop(mut self) -> anyhow::Result<()> {
@@ -199,7 +203,11 @@ impl Exchange {
         let wire = WireThread::start("wire")?;
         let address = address.to_owned();
         let opening = wire.spawn(async move {
-            let socket = if address.starts_with("conclave") { channel::local(&address).await? } else { channel::tcp(&address).await? };
+            let socket = if address.starts_with("conclave") {
+                channel::local(&address).await?
+            } else {
+                channel::tcp(&address).await?
+            };
             anyhow::Ok(stream::open(socket, "bench", EXCHANGE_PATH, &[]).await?)
         });
         let (outbox, mut inbox) = opening.await??;

@@ -7,9 +7,9 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use bytes::Bytes;
-use conclave_proto::expert::{EXCHANGE_PATH, v1 as wire};
 use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_proto::expert::{EXCHANGE_PATH, v1 as wire};
 use conclave_proto::integrity;
 use conclave_runtime::stream::{Front, Handler, Inbound, Message};
 use conclave_runtime::wire_thread::WireThread;

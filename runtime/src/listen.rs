@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 
 use tokio::net::UnixListener;
-use tokio_stream::{Stream, StreamExt};
 use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
 
 use crate::socket::Socket;

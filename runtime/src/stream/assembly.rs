@@ -84,7 +84,9 @@ impl Assembly {
             return Err(Status::unimplemented("compressed messages are not taken here"));
         }
         if length > MAX_INTERNAL_MESSAGE {
-            return Err(Status::out_of_range(format!("a message of {length} bytes is more than {MAX_INTERNAL_MESSAGE}")));
+            return Err(Status::out_of_range(format!(
+                "a message of {length} bytes is more than {MAX_INTERNAL_MESSAGE}"
+            )));
         }
         if self.partial.is_none() && self.frame.len() >= length {
             self.known = 0;
@@ -114,7 +116,8 @@ mod tests {
 
     #[test]
     fn messages_come_out_whole_however_they_were_cut() {
-        let bodies: Vec<Vec<u8>> = [0usize, 1, 4, 5, 300, 7].iter().map(|&n| (0..n).map(|i| i as u8).collect()).collect();
+        let bodies: Vec<Vec<u8>> =
+            [0usize, 1, 4, 5, 300, 7].iter().map(|&n| (0..n).map(|i| i as u8).collect()).collect();
         let all: Vec<u8> = bodies.iter().flat_map(|body| message(body).to_vec()).collect();
         for size in 1..all.len() + 1 {
             let (mut assembly, mut out) = (Assembly::default(), Vec::new());

@@ -9,5 +9,5 @@ mod assembly;
 mod call;
 
 pub use answer::{Front, Handler, Inbound};
-pub use assembly::{HEADER, Message};
-pub use call::{Inbox, Outbox, open};
+pub use assembly::{HEADER, Message, TooLong};
+pub use call::{Closed, Inbox, Outbox, open};

@@ -7,6 +7,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
 use bytes::Bytes;
+use conclave_model::wire::{self as codec, Encoding};
 use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
 use conclave_proto::expert::{EXCHANGE_PATH, v1 as wire};
@@ -97,15 +98,25 @@ impl Handler for Echo {
     }
 }
 
-/// What came as bf16 goes back as it is; what came in another form is turned into bf16 first.
+/// What came as bf16 goes back as it is, from where it lies. What came as FP8 is decoded and encoded as a worker does it,
+/// which has f32 in between. Checksums are looked at and made.
 fn answer(message: Bytes) -> Option<Bytes> {
     let batch = wire::DispatchBatch::decode(message).ok()?;
-    let returned = wire::Returned { encoding: batch.return_encoding, rows: batch.hidden };
-    let checksum = batch.checksum.map(|_| integrity::of_returned(batch.batch_id, &returned));
+    batch.checksum.filter(|sum| *sum == integrity::of_dispatch(&batch))?;
+    let rows = match batch.encoding() {
+        wire::Encoding::Fp8E4m3Block128 => {
+            let rows = batch.rows as usize;
+            let hidden = batch.hidden.len() / rows.max(1);
+            let values = codec::decode(Encoding::Fp8Block128, &batch.hidden, &batch.scales, rows, hidden).ok()?;
+            codec::encode(&values, hidden, Encoding::Bf16).0
+        }
+        _ => batch.hidden,
+    };
+    let returned = wire::Returned { encoding: batch.return_encoding, rows };
     let answer = wire::CombineBatch {
         batch_id: batch.batch_id,
+        checksum: Some(integrity::of_returned(batch.batch_id, &returned)),
         outcome: Some(Outcome::Returned(returned)),
-        checksum,
         ..Default::default()
     };
     let mut out = Message::with_capacity(answer.encoded_len());

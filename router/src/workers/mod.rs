@@ -193,3 +193,6 @@ fn canary(worker: &WorkerRecord) -> Option<probe::Canary> {
     let first = worker.resident.iter().next();
     first.map(|(layer, expert)| probe::Canary { layer: layer.0, expert: expert.0 })
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,3 +11,6 @@ mod call;
 pub use answer::{Front, Handler, Inbound};
 pub use assembly::{HEADER, Message, TooLong};
 pub use call::{Closed, Inbox, Outbox, open};
+
+#[cfg(test)]
+mod tests;

@@ -75,8 +75,9 @@ pub struct Batcher {
     waiting: VecDeque<Pending>,
     values: usize,
     max_batches: usize,
-    /// Groups that have gone before the batch that is the oldest now.
+    /// Groups that have gone before the batch that is the oldest now, and how many may.
     passed_over: u32,
+    may_pass: u32,
     /// Moving average of what one batch costs, seconds.
     batch_seconds: f64,
 }
@@ -88,6 +89,7 @@ impl Batcher {
             values: 0,
             max_batches: max_batches.max(1),
             passed_over: 0,
+            may_pass: PASSED_OVER,
             batch_seconds: 0.0,
         }
     }
@@ -126,7 +128,7 @@ impl Batcher {
             self.passed_over = 0;
         }
         let lowest = self.waiting.iter().map(|pending| pending.batch.layer).min().unwrap_or(first.batch.layer);
-        let layer = if self.passed_over < PASSED_OVER { lowest } else { first.batch.layer };
+        let layer = if self.passed_over < self.may_pass { lowest } else { first.batch.layer };
         self.passed_over = if layer == first.batch.layer { 0 } else { self.passed_over + 1 };
         self.take_layer(layer, &mut taken.group);
         taken

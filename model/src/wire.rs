@@ -174,10 +174,9 @@ impl Rows {
     }
 }
 
-/// Whether every value is a number. Compares bit patterns, which the compiler makes vectors of.
+/// Whether every value is a number.
 pub fn all_finite(rows: &[f32]) -> bool {
-    const INFINITE: u32 = f32::INFINITY.to_bits();
-    rows.iter().fold(0, |greatest, value| greatest.max(value.to_bits() & !(1 << 31))) < INFINITE
+    kernels::all_finite(rows)
 }
 
 #[cfg(test)]

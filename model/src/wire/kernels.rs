@@ -110,8 +110,10 @@ by_level! {
     /// As `bf16_add_weighted`.
     fn f32_add_weighted(sums: &mut [f32], weight: f32, row: &[[u8; 4]]);
     /// Whether every value is a number.
+    fn all_finite(values: &[f32]) -> bool;
+    /// As `all_finite`.
     fn bf16_all_finite(bytes: &[[u8; 2]]) -> bool;
-    /// As `bf16_all_finite`.
+    /// As `all_finite`.
     fn f32_all_finite(bytes: &[[u8; 4]]) -> bool;
 }
 
@@ -207,6 +209,11 @@ mod portable {
         for (sum, bytes) in sums.iter_mut().zip(row) {
             *sum += weight * f32::from_le_bytes(*bytes);
         }
+    }
+
+    #[inline(always)]
+    pub(super) fn all_finite(values: &[f32]) -> bool {
+        values.iter().fold(0, |greatest, value| greatest.max(value.to_bits() & 0x7fff_ffff)) < INFINITE
     }
 
     #[inline(always)]
@@ -316,6 +323,7 @@ mod tests {
                 prop_assert_eq!(numbers(&sums), numbers(&expected));
                 let finite = values.iter().all(|value| value.is_finite());
                 prop_assert_eq!(at::f32_all_finite(level, &wide), finite);
+                prop_assert_eq!(at::all_finite(level, &values), finite);
                 let finite = reference::bf16_decode(&halves).iter().all(|value| value.is_finite());
                 prop_assert_eq!(at::bf16_all_finite(level, &halves), finite);
             }

@@ -1,36 +1,56 @@
 //! The cost of sending rows to an expert worker in another process and having them back, without any compute. Out: for
-//! each number of rows the time of a raw TCP echo of the same bytes, which is the limit, and of the `Exchange` stream
-//! beside it. The two are measured in turns, so a machine that slows down slows both.
+//! each number of rows the time of a raw TCP echo of the same bytes, which is the limit, and beside it of the `Exchange`
+//! stream over TCP and over a Unix socket, and of the router's whole way from f32 rows to their weighted sum. They are
+//! measured in turns, so a machine that slows down slows all of them. And the rows a second that one router can have.
 //!
-//! The caller's thread is none of the runtime's own, as with the router's engine: each batch crosses to the network's
-//! threads and back.
+//! The caller's thread is what the router's engine is: a runtime of its own, with the connections on another thread.
 
 use std::fmt;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
+use conclave_model::gate::Routing;
 use conclave_model::wire::{self as codec, Encoding};
+use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, WorkerId};
+use conclave_placement::state::{
+    ClusterState, LocalSocket, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState,
+};
+use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_proto::expert::v1 as wire;
 use conclave_proto::expert::v1::combine_batch::Outcome;
-use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
-use conclave_runtime::channel::{self, MAX_INTERNAL_MESSAGE};
+use conclave_proto::integrity;
+use conclave_router::load::SentRows;
+use conclave_router::moe::{self, Mode};
+use conclave_router::workers::Workers;
+use conclave_runtime::socket::Socket;
+use conclave_runtime::stream::{self, Message, Outbox};
+use conclave_runtime::wire_thread::WireThread;
+use conclave_runtime::{channel, listen, tensor_thread};
+use futures::future::try_join_all;
+use prost::Message as _;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{Child, Command};
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::stats::Samples;
 
 const HIDDEN: usize = 2048;
+const EXPERTS: u16 = 64;
+const LAYER: u32 = 1;
 /// Rows a batch, and round trips of each kind a round: the larger, the fewer are needed for a steady median.
 const CASES: [(usize, usize); 4] = [(1, 50), (8, 50), (64, 25), (512, 8)];
 /// The first warms up and is not counted.
 const ROUNDS: usize = 21;
+/// The rate: rows a batch, batches under way at once (the engine has two), and how long it is measured.
+const RATE: (usize, usize, Duration) = (256, 2, Duration::from_secs(2));
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What was measured for one number of rows, in microseconds.
 #[derive(Debug)]
@@ -39,32 +59,60 @@ struct Case {
     trips: usize,
     raw: Samples,
     exchange: Samples,
-    /// As `exchange`, from f32 rows to f32 rows: encoding before and decoding after are counted too.
-    with_codec: Samples,
+    local: Samples,
+    /// From f32 rows to f32 sums by the router's own `Exchange`, over the Unix socket and over TCP: plan, encode,
+    /// checksum, send; receive, check, weigh and sum.
+    whole_local: Samples,
+    whole: Samples,
 }
 
 #[derive(Debug)]
-pub(crate) struct Report(Vec<Case>);
+pub(crate) struct Report {
+    cases: Vec<Case>,
+    /// Rows a second, FP8 out and BF16 back, over TCP and over the Unix socket.
+    rates: [f64; 2],
+}
+
+/// Everything that can be measured, connected.
+struct Ways {
+    raw: Raw,
+    exchange: Stream,
+    local: Stream,
+    router: Router,
+    router_local: Router,
+}
 
 /// Measures all cases against a fresh echo process.
 pub(crate) async fn measure() -> anyhow::Result<Report> {
     let far = Far::start().await?;
-    let mut raw = Raw::connect(&far.raw)?;
-    let mut exchange = Exchange::connect(&far.exchange).await?;
-    let mut report = Report(CASES.map(|(rows, trips)| Case::new(rows, trips)).into());
-    for round in 0..ROUNDS {
-        for case in &mut report.0 {
-            case.measure_round(&mut raw, &mut exchange, round > 0).await?;
-        }
-    }
-    drop(exchange);
+    let places = far.places.clone();
+    let report = tensor_thread::spawn_local("caller", move || measure_all(places))?.await??;
     far.stop().await?;
     Ok(report)
 }
 
+async fn measure_all(places: Places) -> anyhow::Result<Report> {
+    let mut ways = Ways {
+        raw: Raw::connect(&places.raw)?,
+        exchange: Stream::connect(channel_to(places.exchange.clone(), None)).await?,
+        local: Stream::connect(channel_to(places.exchange.clone(), Some(places.local.clone()))).await?,
+        router: Router::start(&places, false).await?,
+        router_local: Router::start(&places, true).await?,
+    };
+    let mut cases: Vec<Case> = CASES.map(|(rows, trips)| Case::new(rows, trips)).into();
+    for round in 0..ROUNDS {
+        for case in &mut cases {
+            case.measure_round(&mut ways, round > 0).await?;
+        }
+    }
+    let rates = [ways.router.rate().await?, ways.router_local.rate().await?];
+    Ok(Report { cases, rates })
+}
+
 impl Case {
     fn new(rows: usize, trips: usize) -> Self {
-        Self { rows, trips, raw: Samples::default(), exchange: Samples::default(), with_codec: Samples::default() }
+        let none = Samples::default;
+        Self { rows, trips, raw: none(), exchange: none(), local: none(), whole_local: none(), whole: none() }
     }
 
     fn bytes(&self) -> usize {
@@ -73,49 +121,62 @@ impl Case {
 
     /// One of each after the other, so that each finds the far process asleep, as a router finds it in mid-step: a
     /// tight loop of one kind would keep both ends awake on warm caches.
-    async fn measure_round(&mut self, raw: &mut Raw, exchange: &mut Exchange, count: bool) -> anyhow::Result<()> {
-        let values: Vec<f32> = (0..self.rows * HIDDEN).map(|i| (i % 251) as f32 / 64.0 - 2.0).collect();
+    async fn measure_round(&mut self, ways: &mut Ways, count: bool) -> anyhow::Result<()> {
+        let (values, routing) = (values(self.rows), routing(self.rows));
         let (hidden, _) = codec::encode(&values, HIDDEN, Encoding::Bf16);
         let framed = framed(&hidden)?;
         for _ in 0..self.trips {
             let started = Instant::now();
-            raw.round_trip(&framed)?;
-            let raw_took = started.elapsed();
+            ways.raw.round_trip(&framed)?;
+            let raw = started.elapsed();
 
             let batch = dispatch_batch(self.rows, hidden.clone())?;
             let started = Instant::now();
-            let rows = exchange.round_trip(batch).await?;
-            let exchange_took = started.elapsed();
+            let rows = ways.exchange.round_trip(batch).await?;
+            let exchange = started.elapsed();
             ensure!(rows == hidden, "the echo changed {} rows", self.rows);
 
+            let batch = dispatch_batch(self.rows, hidden.clone())?;
             let started = Instant::now();
-            let (hidden, _) = codec::encode(&values, HIDDEN, Encoding::Bf16);
-            let rows = exchange.round_trip(dispatch_batch(self.rows, hidden)?).await?;
-            let rows = codec::decode(Encoding::Bf16, &rows, &[], self.rows, HIDDEN)?;
-            let codec_took = started.elapsed();
-            ensure!(rows == values, "the codec changed {} rows", self.rows);
+            let rows = ways.local.round_trip(batch).await?;
+            let local = started.elapsed();
+            ensure!(rows == hidden, "the echo changed {} rows", self.rows);
 
+            let whole = ways.router.sum(&values, &routing, Encoding::Bf16).await?;
+            let whole_local = ways.router_local.sum(&values, &routing, Encoding::Bf16).await?;
             if count {
-                self.raw.push_us(raw_took);
-                self.exchange.push_us(exchange_took);
-                self.with_codec.push_us(codec_took);
+                self.raw.push_us(raw);
+                self.exchange.push_us(exchange);
+                self.local.push_us(local);
+                self.whole.push_us(whole);
+                self.whole_local.push_us(whole_local);
             }
         }
         Ok(())
     }
 }
 
-/// One assignment a row, so that as many bytes come back as went out.
+/// Rows that bf16 holds exactly.
+fn values(rows: usize) -> Vec<f32> {
+    (0..rows * HIDDEN).map(|i| (i % 251) as f32 / 64.0 - 2.0).collect()
+}
+
+/// One assignment a row, so that as many rows come back as went out.
+fn routing(rows: usize) -> Routing {
+    let expert_ids = (0..rows).map(|row| row as u16 % EXPERTS).collect();
+    Routing { experts_per_row: 1, expert_ids, weights: vec![1.0; rows] }
+}
+
 fn dispatch_batch(rows: usize, hidden: Bytes) -> anyhow::Result<wire::DispatchBatch> {
     let rows = u32::try_from(rows)?;
     Ok(wire::DispatchBatch {
-        layer: 1,
+        layer: LAYER,
         plan_version: 1,
         deadline_us: 1_000_000,
         encoding: wire::Encoding::Bf16.into(),
         rows,
         hidden,
-        expert_ids: (0..rows).flat_map(|row| ((row % 64) as u16).to_le_bytes()).collect(),
+        expert_ids: (0..rows).flat_map(|row| (row as u16 % EXPERTS).to_le_bytes()).collect(),
         row_ids: (0..rows).flat_map(u32::to_le_bytes).collect(),
         mode: wire::CombineMode::PerAssignment.into(),
         return_encoding: wire::Encoding::Bf16.into(),
@@ -133,8 +194,14 @@ fn framed(message: &[u8]) -> anyhow::Result<Vec<u8>> {
 #[derive(Debug)]
 struct Far {
     child: Child,
+    places: Places,
+}
+
+#[derive(Clone, Debug)]
+struct Places {
     raw: String,
     exchange: String,
+    local: String,
 }
 
 impl Far {
@@ -151,7 +218,8 @@ impl Far {
         let addresses: Value = serde_json::from_str(&line)?;
         let address =
             |key: &str| addresses[key].as_str().map(str::to_owned).context("the echo process gave no address");
-        Ok(Self { raw: address("raw")?, exchange: address("exchange")?, child })
+        let places = Places { raw: address("raw")?, exchange: address("exchange")?, local: address("local")? };
+        Ok(Self { places, child })
     }
 
     async fn stop(mut self) -> anyhow::Result<()> {
@@ -184,76 +252,192 @@ impl Raw {
     }
 }
 
-/// One `Exchange` stream as the router holds it.
-struct Exchange {
-    batches: mpsc::Sender<wire::DispatchBatch>,
-    answers: tonic::Streaming<wire::CombineBatch>,
-    batch_id: u64,
+async fn channel_to(address: String, local: Option<String>) -> std::io::Result<Socket> {
+    match local {
+        Some(name) => channel::local(&name).await,
+        None => channel::tcp(&address).await,
+    }
 }
 
-impl Exchange {
-    async fn connect(address: &str) -> anyhow::Result<Self> {
-        let mut client = ExpertWorkerClient::new(channel::internal(address)?.connect().await?)
-            .max_decoding_message_size(MAX_INTERNAL_MESSAGE)
-            .max_encoding_message_size(MAX_INTERNAL_MESSAGE);
-        let (batches, queued) = mpsc::channel(16);
-        let answers = client.exchange(ReceiverStream::new(queued)).await?.into_inner();
-        Ok(Self { batches, answers, batch_id: 0 })
+/// One `Exchange` stream as the router holds it: bytes with their checksums, both ways.
+struct Stream {
+    outbox: Outbox,
+    answers: mpsc::Receiver<Bytes>,
+    batch_id: u64,
+    _wire: WireThread,
+}
+
+impl Stream {
+    async fn connect(socket: impl Future<Output = std::io::Result<Socket>> + Send + 'static) -> anyhow::Result<Self> {
+        let wire = WireThread::start("wire")?;
+        let opening =
+            wire.spawn(async move { anyhow::Ok(stream::open(socket.await?, "bench", EXCHANGE_PATH, &[]).await?) });
+        let (outbox, mut inbox) = opening.await??;
+        let (arrived, answers) = mpsc::channel(16);
+        wire.spawn(async move {
+            while let Ok(Some(message)) = inbox.next().await {
+                if arrived.send(message).await.is_err() {
+                    break;
+                }
+            }
+        });
+        Ok(Self { outbox, answers, batch_id: 0, _wire: wire })
     }
 
     async fn round_trip(&mut self, mut batch: wire::DispatchBatch) -> anyhow::Result<Bytes> {
         self.batch_id += 1;
         batch.batch_id = self.batch_id;
-        self.batches.send(batch).await.context("the stream is closed")?;
-        let answer = self.answers.message().await?.context("the stream ended")?;
+        batch.checksum = Some(integrity::of_dispatch(&batch));
+        let mut message = Message::with_capacity(batch.encoded_len());
+        batch.encode(message.body())?;
+        self.outbox.send(message.finish()?).await?;
+        let answer = wire::CombineBatch::decode(self.answers.recv().await.context("the stream ended")?)?;
         ensure!(answer.batch_id == self.batch_id, "batch {} was answered by {}", self.batch_id, answer.batch_id);
         match answer.outcome {
-            Some(Outcome::Returned(returned)) => Ok(returned.rows),
+            Some(Outcome::Returned(returned)) => {
+                let sum = integrity::of_returned(answer.batch_id, &returned);
+                ensure!(answer.checksum == Some(sum), "rows were damaged on their way");
+                Ok(returned.rows)
+            }
             outcome => bail!("the echo answered {outcome:?}"),
         }
     }
 }
 
+/// The router's half of a layer, with the echo as the only worker.
+struct Router {
+    exchange: moe::Exchange,
+    _cluster: watch::Sender<Arc<ClusterState>>,
+    _end: DropGuard,
+}
+
+impl Router {
+    async fn start(places: &Places, local: bool) -> anyhow::Result<Self> {
+        let (cluster, watched) = watch::channel(Arc::new(cluster(places, local)?));
+        let end = CancellationToken::new();
+        let workers = Workers::start(watched, HIDDEN, end.clone())?;
+        workers.watch().wait_for(|snapshot| !snapshot.workers.is_empty()).await?;
+        let exchange = moe::Exchange {
+            workers,
+            mode: Mode::PerAssignment,
+            encoding: Encoding::Bf16,
+            hidden: HIDDEN,
+            patience: PATIENCE,
+            hedging: None,
+            sent: Arc::new(SentRows::new(std::iter::empty(), 0)),
+            stall: Arc::default(),
+        };
+        Ok(Self { exchange, _cluster: cluster, _end: end.drop_guard() })
+    }
+
+    /// How long it took.
+    async fn sum(&mut self, values: &[f32], routing: &Routing, encoding: Encoding) -> anyhow::Result<Duration> {
+        self.exchange.encoding = encoding;
+        let started = Instant::now();
+        let sums = self.exchange.routed(LAYER, values, routing, (started + PATIENCE).into()).await?;
+        let took = started.elapsed();
+        ensure!(sums == values, "the sums are not what was sent");
+        Ok(took)
+    }
+
+    /// Rows a second with several batches under way, FP8 out and BF16 back.
+    async fn rate(&mut self) -> anyhow::Result<f64> {
+        let (rows, at_once, time) = RATE;
+        self.exchange.encoding = Encoding::Fp8Block128;
+        let (values, routing) = (values(rows), routing(rows));
+        let end = Instant::now() + time;
+        let one = async || -> anyhow::Result<usize> {
+            let mut batches = 0;
+            while Instant::now() < end {
+                let deadline = (Instant::now() + PATIENCE).into();
+                let sums = self.exchange.routed(LAYER, &values, &routing, deadline).await?;
+                ensure!(sums.len() == values.len(), "as many sums as rows");
+                batches += 1;
+            }
+            Ok(batches)
+        };
+        let started = Instant::now();
+        let batches: usize = try_join_all((0..at_once).map(|_| one())).await?.into_iter().sum();
+        Ok((batches * rows) as f64 / started.elapsed().as_secs_f64())
+    }
+}
+
+/// One worker that holds every expert of one layer.
+fn cluster(places: &Places, local: bool) -> anyhow::Result<ClusterState> {
+    let layers = [LAYER as usize].into_iter();
+    let none = || [String::new(), String::new()];
+    let model = ModelIdentity::new("bench".to_owned(), none(), 2, layers, usize::from(EXPERTS), 1);
+    let mut resident = Residency::new();
+    for expert in 0..EXPERTS {
+        resident.insert(LayerIdx(LAYER), ExpertId(expert));
+    }
+    let id = WorkerId::parse("echo")?;
+    let socket = || Some(LocalSocket { boot_id: listen::boot_id()?, name: places.local.clone() });
+    let worker = WorkerRecord {
+        id: id.clone(),
+        incarnation: Incarnation::fresh(),
+        address: places.exchange.clone(),
+        local: local.then(socket).flatten(),
+        device: "cpu".to_owned(),
+        memory_budget: 0,
+        speed: 0.0,
+        state: WorkerState::Serving,
+        resident,
+        plan_version: PlanVersion::NONE,
+        locality: Locality::default(),
+    };
+    Ok(ClusterState { model: Some(model), workers: [(id, worker)].into(), ..ClusterState::empty() })
+}
+
 impl Report {
     pub(crate) fn to_json(&self) -> Value {
-        let cases = self.0.iter().map(|case| {
+        let cases = self.cases.iter().map(|case| {
+            let ratio = |samples: &Samples| samples.median() / case.raw.median();
             json!({
                 "rows": case.rows,
                 "bytes_each_way": case.bytes(),
                 "raw_tcp_us": case.raw.to_json(),
                 "exchange_us": case.exchange.to_json(),
-                "with_codec_us": case.with_codec.to_json(),
-                "exchange_over_raw_tcp": case.exchange.median() / case.raw.median(),
-                "with_codec_over_raw_tcp": case.with_codec.median() / case.raw.median(),
+                "exchange_local_us": case.local.to_json(),
+                "whole_us": case.whole.to_json(),
+                "whole_local_us": case.whole_local.to_json(),
+                "exchange_over_raw_tcp": ratio(&case.exchange),
+                "exchange_local_over_raw_tcp": ratio(&case.local),
+                "whole_over_raw_tcp": ratio(&case.whole),
+                "whole_local_over_raw_tcp": ratio(&case.whole_local),
             })
         });
-        json!({ "hidden": HIDDEN, "encoding": "bf16", "cases": cases.collect::<Vec<_>>() })
+        let [tcp, local] = self.rates;
+        let rates = json!({ "tcp": tcp, "local": local });
+        json!({
+            "hidden": HIDDEN, "encoding": "bf16", "cases": cases.collect::<Vec<_>>(),
+            "rows_per_second_fp8_out_bf16_back": rates,
+        })
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
-            f,
-            "One dispatch–combine round trip, hidden {HIDDEN}, bf16, two processes over loopback TCP, no compute."
-        )
-        .and_then(|()| {
-            writeln!(f, "The limit is a raw TCP echo (nodelay) of the same bytes: ratio 1. µs, median (p90).")
-        })?;
-        let (raw, exchange, codec) = ("raw TCP = limit", "Exchange stream", "and f32 ⇄ bf16");
-        writeln!(
-            f,
-            "{:>6} {:>14} {raw:>19} {exchange:>19} {:>6} {codec:>19} {:>6}",
-            "rows", "KiB each way", "÷ raw", "÷ raw"
-        )?;
-        for case in &self.0 {
+        writeln!(f, "One dispatch–combine round trip, hidden {HIDDEN}, bf16, two processes of one host, no compute.")?;
+        writeln!(f, "The limit is a raw TCP echo (nodelay) of the same bytes: ratio 1. µs, median (p90).")?;
+        writeln!(f, "Whole: f32 rows planned, encoded, sent; received, checked, weighed and summed in f32.")?;
+        let heads = ["Exchange, TCP", "Exchange, unix", "whole, TCP", "whole, unix"];
+        write!(f, "{:>5} {:>8} {:>15}", "rows", "KiB", "raw TCP = limit")?;
+        heads.iter().try_for_each(|head| write!(f, " {head:>15} {:>5}", "÷ raw"))?;
+        writeln!(f)?;
+        for case in &self.cases {
             let cell = |samples: &Samples| format!("{:.0} ({:.0})", samples.median(), samples.p90());
-            let ratio = |samples: &Samples| samples.median() / case.raw.median();
-            let [raw, exchange, codec] = [&case.raw, &case.exchange, &case.with_codec].map(cell);
-            let (kib, rows) = (case.bytes() / 1024, case.rows);
-            let (plain, coded) = (ratio(&case.exchange), ratio(&case.with_codec));
-            writeln!(f, "{rows:>6} {kib:>14} {raw:>19} {exchange:>19} {plain:>6.2} {codec:>19} {coded:>6.2}")?;
+            write!(f, "{:>5} {:>8} {:>15}", case.rows, case.bytes() / 1024, cell(&case.raw))?;
+            for samples in [&case.exchange, &case.local, &case.whole, &case.whole_local] {
+                write!(f, " {:>15} {:>5.2}", cell(samples), samples.median() / case.raw.median())?;
+            }
+            writeln!(f)?;
         }
-        Ok(())
+        let ([tcp, local], (rows, at_once, _)) = (self.rates, RATE);
+        writeln!(
+            f,
+            "One router, {at_once} x {rows} rows under way, FP8 out, BF16 back, weighted sum, far side included:"
+        )?;
+        writeln!(f, "{tcp:.0} rows/s over TCP, {local:.0} over a Unix socket.")
     }
 }

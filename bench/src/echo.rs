@@ -6,15 +6,20 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Duration;
 
-use conclave_proto::expert::v1 as wire;
+use bytes::Bytes;
+use conclave_model::wire::{self as codec, Encoding};
 use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_proto::expert::{EXCHANGE_PATH, v1 as wire};
+use conclave_proto::integrity;
+use conclave_runtime::stream::{Front, Handler, Inbound, Message};
+use conclave_runtime::wire_thread::WireThread;
 use conclave_runtime::{listen, server};
+use http::HeaderMap;
+use prost::Message as _;
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
-use tokio_stream::StreamExt;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -27,8 +32,11 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
     let raw_address = raw.local_addr()?;
     std::thread::spawn(move || raw_echo(&raw));
 
-    let listener = listen::bind("127.0.0.1:0")?;
-    println!("{}", json!({ "raw": raw_address.to_string(), "exchange": listener.local_addr.to_string() }));
+    let mut listener = listen::bind("127.0.0.1:0")?;
+    let local = format!("conclave-bench/{}", std::process::id());
+    listener.also_at(&local)?;
+    let exchange = listener.local_addr.to_string();
+    println!("{}", json!({ "raw": raw_address.to_string(), "exchange": exchange, "local": local }));
 
     let stop = CancellationToken::new();
     let stdin_ended = stop.clone();
@@ -37,10 +45,10 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
         let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
         stdin_ended.cancel();
     });
-    let service = ExpertWorkerServer::new(Echo)
-        .max_decoding_message_size(server::MAX_INTERNAL_MESSAGE)
-        .max_encoding_message_size(server::MAX_INTERNAL_MESSAGE);
-    server::serve(server::internal().add_service(service), listener, stop, Duration::from_secs(1)).await?;
+    // As a worker has it: its streams on a thread of their own.
+    let wire = WireThread::start("wire")?;
+    let service = server::internal().add_service(Front { handler: Echo, rest: ExpertWorkerServer::new(Echo) });
+    wire.spawn(server::serve(service, listener, stop, Duration::from_secs(1))).await??;
     Ok(())
 }
 
@@ -70,33 +78,62 @@ fn echo_messages(mut socket: TcpStream) -> std::io::Result<()> {
 }
 
 /// An expert worker whose experts all are the identity: with one assignment a row, rows go back as they came.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct Echo;
 
-#[tonic::async_trait]
-impl ExpertWorker for Echo {
-    type ExchangeStream = ReceiverStream<Result<wire::CombineBatch, Status>>;
+impl Handler for Echo {
+    const PATH: &'static str = EXCHANGE_PATH;
 
-    async fn exchange(
-        &self,
-        request: Request<Streaming<wire::DispatchBatch>>,
-    ) -> Result<Response<Self::ExchangeStream>, Status> {
-        let mut batches = request.into_inner();
+    fn accept(&self, _metadata: &HeaderMap, mut messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
         let (answers, answered) = mpsc::channel(ANSWERS_QUEUED);
         tokio::spawn(async move {
-            while let Some(Ok(batch)) = batches.next().await {
-                let returned = wire::Returned { encoding: batch.return_encoding, rows: batch.hidden };
-                let answer = wire::CombineBatch {
-                    batch_id: batch.batch_id,
-                    outcome: Some(Outcome::Returned(returned)),
-                    ..Default::default()
-                };
-                if answers.send(Ok(answer)).await.is_err() {
+            while let Ok(Some(message)) = messages.next().await {
+                let Some(answer) = answer(message) else { break };
+                if answers.send(answer).await.is_err() {
                     break;
                 }
             }
         });
-        Ok(Response::new(ReceiverStream::new(answered)))
+        Ok(answered)
+    }
+}
+
+/// What came as bf16 goes back as it is, from where it lies. What came as FP8 is decoded and encoded as a worker does it,
+/// which has f32 in between. Checksums are looked at and made.
+fn answer(message: Bytes) -> Option<Bytes> {
+    let batch = wire::DispatchBatch::decode(message).ok()?;
+    batch.checksum.filter(|sum| *sum == integrity::of_dispatch(&batch))?;
+    let rows = match batch.encoding() {
+        wire::Encoding::Fp8E4m3Block128 => {
+            let rows = batch.rows as usize;
+            let hidden = batch.hidden.len() / rows.max(1);
+            let values = codec::decode(Encoding::Fp8Block128, &batch.hidden, &batch.scales, rows, hidden).ok()?;
+            codec::encode(&values, hidden, Encoding::Bf16).0
+        }
+        _ => batch.hidden,
+    };
+    let returned = wire::Returned { encoding: batch.return_encoding, rows };
+    let answer = wire::CombineBatch {
+        batch_id: batch.batch_id,
+        checksum: Some(integrity::of_returned(batch.batch_id, &returned)),
+        outcome: Some(Outcome::Returned(returned)),
+        ..Default::default()
+    };
+    let mut out = Message::with_capacity(answer.encoded_len());
+    answer.encode(out.body()).ok()?;
+    out.finish().ok()
+}
+
+/// The methods that tonic answers.
+#[tonic::async_trait]
+impl ExpertWorker for Echo {
+    type ExchangeStream = tokio_stream::Empty<Result<wire::CombineBatch, Status>>;
+
+    async fn exchange(
+        &self,
+        _request: Request<Streaming<wire::DispatchBatch>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        Err(Status::unimplemented("streams are answered before they come here"))
     }
 
     async fn get_inventory(

@@ -13,7 +13,7 @@ use conclave_model::device::{self, Compute, Dtype};
 use conclave_placement::ids::{Incarnation, InvalidName, PlanVersion, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
-use conclave_placement::state::{ClusterState, ModelIdentity, Residency, WorkerRecord, WorkerState};
+use conclave_placement::state::{ClusterState, LocalSocket, ModelIdentity, Residency, WorkerRecord, WorkerState};
 use conclave_placement::store::{self, Store};
 use conclave_placement::view::View;
 use conclave_runtime::listen::{self, Listener};
@@ -21,6 +21,7 @@ use conclave_runtime::probes::Probes;
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
 use conclave_runtime::tensor_thread::SpawnError;
+use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -62,6 +63,8 @@ pub enum Error {
     Model(#[from] IdentityError),
     #[error(transparent)]
     Thread(#[from] SpawnError<Infallible>),
+    #[error("cannot start the thread that serves routers: {0}")]
+    Wire(std::io::Error),
     #[error(transparent)]
     Server(#[from] server::Error),
     #[error("the service ended by itself")]
@@ -82,6 +85,8 @@ pub struct Worker {
     resident: Arc<Resident>,
     reconciler: JoinHandle<()>,
     server: JoinHandle<Result<(), server::Error>>,
+    /// It lives as long as the streams may.
+    _wire: WireThread,
     probes: Probes,
     store: Arc<dyn Store>,
     keys: Keys,
@@ -97,7 +102,7 @@ pub struct Worker {
 
 /// Starts a worker; `None` when it was told to end before it had joined the cluster.
 pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker>, Error> {
-    let listener = listen::bind(&config.listen)?;
+    let mut listener = listen::bind(&config.listen)?;
     let probes = Probes::serve(listen::bind(&config.admin_listen)?, service::NAME).await;
     let id = match &config.id {
         Some(id) => id.clone(),
@@ -107,9 +112,11 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
         prepared = prepare(config, &probes) => prepared?,
         () = shutdown.draining().cancelled_owned() => return Ok(None),
     };
+    let incarnation = Incarnation::fresh();
     let record = WorkerRecord {
+        local: local_socket(config, &mut listener, incarnation),
         id,
-        incarnation: Incarnation::fresh(),
+        incarnation,
         address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listener.local_addr)),
         device: config.device.to_string(),
         memory_budget: prepared.model.published_budget(config.memory.0)?,
@@ -121,6 +128,23 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     };
     let Some(registration) = join(config, shutdown, &prepared, record).await? else { return Ok(None) };
     Ok(Some(serve(config, shutdown, listener, probes, prepared, registration)))
+}
+
+/// Listens for routers of this host too. A worker that was told what to advertise is to be reached there and nowhere else.
+fn local_socket(config: &Config, listener: &mut Listener, incarnation: Incarnation) -> Option<LocalSocket> {
+    if config.advertise.is_some() || config.no_local_socket {
+        return None;
+    }
+    let boot_id = listen::boot_id()?;
+    // A name that nobody has, and that nobody can take before the store tells of it.
+    let name = format!("conclave/{}", incarnation.get());
+    match listener.also_at(&name) {
+        Ok(()) => Some(LocalSocket { boot_id, name }),
+        Err(error) => {
+            tracing::info!(%error, "routers of this host come by the network");
+            None
+        }
+    }
 }
 
 /// Registers. Not dropped half-way: told to end meanwhile, it waits until what was written is taken back.
@@ -156,6 +180,8 @@ struct Prepared {
     metrics: Metrics,
     /// Health and reflection; the service itself joins them last.
     router: Router,
+    /// Where routers' streams are served.
+    wire: WireThread,
     end: CancellationToken,
 }
 
@@ -176,7 +202,8 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let (reflection, reflection_alpha) = server::reflection(&[service::NAME])?;
     let router =
         server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
-    Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, end })
+    let wire = WireThread::start("wire").map_err(Error::Wire)?;
+    Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, wire, end })
 }
 
 /// What this worker knows of the model.
@@ -230,7 +257,7 @@ fn serve(
     prepared: Prepared,
     registration: Arc<Registration>,
 ) -> Worker {
-    let Prepared { model, store, keys, view, executor, loader, metrics, router, end } = prepared;
+    let Prepared { model, store, keys, view, executor, loader, metrics, router, wire, end } = prepared;
     let resident = Arc::new(Resident::default());
     let (refusing, closing, in_flight) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
     let listen = listener.local_addr;
@@ -244,8 +271,8 @@ fn serve(
         closing: closing.clone(),
         in_flight: in_flight.clone(),
     });
-    let server =
-        tokio::spawn(server::serve(router.add_service(service.server()), listener, closing.clone(), CLOSE_GRACE));
+    let routes = router.add_service(service.server());
+    let server = wire.spawn(server::serve(routes, listener, closing.clone(), CLOSE_GRACE));
     let budget = Budget { expert_bytes: model.expert_bytes, bytes: config.memory.0 };
     let reconciler = Reconciler::new(loader, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
     tokio::spawn(ordered_to_leave(view.subscribe(), registration.record(), shutdown.clone()));
@@ -259,6 +286,7 @@ fn serve(
         resident,
         reconciler: tokio::spawn(reconciler.run(view.subscribe(), shutdown.draining())),
         server,
+        _wire: wire,
         probes,
         store,
         keys,

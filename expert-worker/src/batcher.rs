@@ -1,7 +1,13 @@
-//! What waits for the tensor thread: batches come in from all routers, groups of one layer go out, oldest batch first.
-//! Rows of one expert that wait at the same time are computed together, because reading the expert's weights is the
-//! cost. Nobody is ever made to wait for company: a group is what is there. Bounded by batches and by values; pure, so
-//! nothing is computed or awaited here.
+//! What waits for the tensor thread: batches come in from all routers, groups of one layer go out. Rows of one expert that
+//! wait at the same time are computed together, because reading the expert's weights is the cost. Bounded by batches and by
+//! values; pure, so nothing is computed or awaited here.
+//!
+//! The lowest layer goes first: who is behind catches up with who is ahead, and from then on they go forward together,
+//! each expert's weights read once for all of them. Nobody starves for it: once the oldest batch has been passed over
+//! [`PASSED_OVER`] times, its layer is next.
+//!
+//! Nobody is made to wait for company: a group is what is there. `batcher/simulation.rs` measures what waits of other
+//! lengths would bring: a thread that is busy finds company waiting anyway, and one that is idle only loses the time.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -12,6 +18,9 @@ use tokio::sync::oneshot;
 /// Assignments computed in one go, at most (a single larger batch still goes alone): past this the weights' cost is
 /// spread thin already and the youngest of the group would only delay the oldest.
 pub const MAX_GROUP_ASSIGNMENTS: usize = 4096;
+
+/// How many groups of lower layers may go before the oldest batch.
+pub const PASSED_OVER: u32 = 4;
 
 /// f32 values that may wait in all, 1 GiB of them; a single batch is always let in.
 pub const MAX_WAITING_VALUES: usize = 1 << 28;
@@ -66,13 +75,23 @@ pub struct Batcher {
     waiting: VecDeque<Pending>,
     values: usize,
     max_batches: usize,
+    /// Groups that have gone before the batch that is the oldest now, and how many may.
+    passed_over: u32,
+    may_pass: u32,
     /// Moving average of what one batch costs, seconds.
     batch_seconds: f64,
 }
 
 impl Batcher {
     pub fn new(max_batches: usize) -> Self {
-        Self { waiting: VecDeque::new(), values: 0, max_batches: max_batches.max(1), batch_seconds: 0.0 }
+        Self {
+            waiting: VecDeque::new(),
+            values: 0,
+            max_batches: max_batches.max(1),
+            passed_over: 0,
+            may_pass: PASSED_OVER,
+            batch_seconds: 0.0,
+        }
     }
 
     /// Lets a batch wait, or says when to come back.
@@ -88,33 +107,48 @@ impl Batcher {
         Ok(())
     }
 
-    /// Takes the oldest batch and all that can be computed with it: same layer, in order of arrival, up to
+    /// Takes the layer whose turn it is, and of it what can be computed together, in order of arrival, up to
     /// [`MAX_GROUP_ASSIGNMENTS`]. Batches nobody waits for any more are dropped.
     pub fn take(&mut self, now: Instant) -> Taken {
         let mut taken = Taken::default();
-        let mut assignments = 0;
-        let mut full = false;
+        let oldest = self.waiting.front().map(|pending| pending.arrived);
         for pending in std::mem::take(&mut self.waiting) {
-            let layer = taken.group.first().map(|first: &Pending| first.batch.layer);
-            let size = pending.batch.expert_ids.len();
-            if pending.answer.is_closed() {
-                self.values -= pending.batch.hidden.len();
-            } else if pending.deadline <= now {
-                self.values -= pending.batch.hidden.len();
-                taken.expired.push(pending);
-            } else if layer.is_some_and(|layer| layer != pending.batch.layer) || full {
+            let gone = pending.answer.is_closed();
+            if !gone && pending.deadline > now {
                 self.waiting.push_back(pending);
-            } else if layer.is_some() && assignments + size > MAX_GROUP_ASSIGNMENTS {
+                continue;
+            }
+            self.values -= pending.batch.hidden.len();
+            if !gone {
+                taken.expired.push(pending);
+            }
+        }
+        let Some(first) = self.waiting.front() else { return taken };
+        if oldest != Some(first.arrived) {
+            self.passed_over = 0;
+        }
+        let lowest = self.waiting.iter().map(|pending| pending.batch.layer).min().unwrap_or(first.batch.layer);
+        let layer = if self.passed_over < self.may_pass { lowest } else { first.batch.layer };
+        self.passed_over = if layer == first.batch.layer { 0 } else { self.passed_over + 1 };
+        self.take_layer(layer, &mut taken.group);
+        taken
+    }
+
+    fn take_layer(&mut self, layer: u32, group: &mut Vec<Pending>) {
+        let (mut assignments, mut full) = (0, false);
+        for pending in std::mem::take(&mut self.waiting) {
+            let size = pending.batch.expert_ids.len();
+            let fits = !full && (group.is_empty() || assignments + size <= MAX_GROUP_ASSIGNMENTS);
+            if pending.batch.layer != layer || !fits {
                 // Later ones of this layer stay behind it: nobody is overtaken by a smaller batch.
-                full = true;
+                full |= pending.batch.layer == layer;
                 self.waiting.push_back(pending);
             } else {
                 assignments += size;
                 self.values -= pending.batch.hidden.len();
-                taken.group.push(pending);
+                group.push(pending);
             }
         }
-        taken
     }
 
     /// Learns from a computed group what a batch costs.
@@ -140,6 +174,9 @@ impl Batcher {
 }
 
 #[cfg(test)]
+mod simulation;
+
+#[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
@@ -163,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn what_waits_for_one_layer_is_taken_together_oldest_first() {
+    fn what_waits_for_one_layer_is_taken_together_the_lowest_layer_first() {
         let mut batcher = Batcher::new(8);
         let mut waits = Vec::new();
         for (layer, size) in [(3, 1), (1, 2), (3, 5), (1, 7)] {
@@ -172,8 +209,8 @@ mod tests {
             waits.push(wait);
         }
         let sizes = |taken: Taken| taken.group.iter().map(|p| p.batch.expert_ids.len()).collect::<Vec<_>>();
-        assert_eq!(sizes(batcher.take(Instant::now())), [1, 5]);
         assert_eq!(sizes(batcher.take(Instant::now())), [2, 7]);
+        assert_eq!(sizes(batcher.take(Instant::now())), [1, 5]);
         assert!(batcher.take(Instant::now()).group.is_empty());
         assert_eq!(batcher.values, 0);
     }
@@ -205,6 +242,36 @@ mod tests {
     }
 
     proptest! {
+        /// Whatever keeps coming: the oldest batch is passed over a few times at most, so each has its turn within as many
+        /// times that as there were batches before it.
+        #[test]
+        fn nobody_starves(layers in prop::collection::vec(0u32..6, 1..20), newcomers in prop::collection::vec(0u32..6, 200)) {
+            let mut batcher = Batcher::new(1000);
+            let mut waits = Vec::new();
+            let mut add = |batcher: &mut Batcher, layer, number| {
+                let (pending, wait) = pending(layer, number, later());
+                batcher.push(pending).unwrap();
+                waits.push(wait);
+            };
+            // A batch's number of assignments is its name.
+            for (number, layer) in layers.iter().enumerate() {
+                add(&mut batcher, *layer, number + 1);
+            }
+            let mut left = vec![false; layers.len()];
+            for (turn, layer) in newcomers.iter().enumerate() {
+                for pending in batcher.take(Instant::now()).group {
+                    if let Some(left) = left.get_mut(pending.batch.expert_ids.len() - 1) {
+                        *left = true;
+                    }
+                }
+                let turns = |number: usize| (number + 1) * (PASSED_OVER as usize + 1);
+                for (number, left) in left.iter().enumerate() {
+                    prop_assert!(*left || turn + 1 < turns(number), "batch {} after {} turns", number, turn + 1);
+                }
+                add(&mut batcher, *layer, 1000);
+            }
+        }
+
         #[test]
         fn every_batch_leaves_once_in_order_within_its_layer(sizes in prop::collection::vec((0u32..4, 1usize..5000), 1..60)) {
             let mut batcher = Batcher::new(64);

@@ -59,6 +59,9 @@ pub struct Config {
     #[arg(long, value_name = "HOST:PORT")]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub advertise: Option<String>,
+    /// Offer routers of this host no Unix socket beside the port; with --advertise there is none either
+    #[arg(long)]
+    pub no_local_socket: bool,
     /// Memory for experts, such as 16GiB; 0 is no limit
     #[arg(long, value_name = "BYTES", default_value = "0")]
     #[serde(serialize_with = "config::as_text")]

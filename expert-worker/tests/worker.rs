@@ -86,6 +86,7 @@ impl Setting {
             id: other_id(),
             incarnation: Incarnation::new(7).unwrap(),
             address: "127.0.0.1:1".to_owned(),
+            local: None,
             device: "cpu".to_owned(),
             memory_budget: 0,
             speed: 0.0,

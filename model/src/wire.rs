@@ -1,12 +1,11 @@
 //! Rows as bytes, little-endian and row-major.
 //!
-//! In: f32 rows, or bytes that came over the network. Out: the other.
+//! In: f32 rows, or bytes that came over the network. Out: the other, or a sum that was made straight from the bytes.
 //! Never here: a length believed. What came over the network is checked against its counts first.
 
-use bytes::Bytes;
-use half::bf16;
+mod kernels;
 
-use crate::checkpoint::fp8::{decode_e4m3, encode_e4m3};
+use bytes::Bytes;
 
 /// Values that share one scale in the 8-bit encoding.
 pub const FP8_BLOCK: usize = 128;
@@ -66,63 +65,118 @@ impl Encoding {
 
 /// Rows `[n, hidden]` to values and scales (empty but for the 8-bit encoding).
 pub fn encode(rows: &[f32], hidden: usize, encoding: Encoding) -> (Bytes, Bytes) {
-    match encoding {
-        // Into a buffer of the right size, one fixed-size chunk a value: the compiler makes vectors of these loops.
-        Encoding::F32 => {
-            let mut out = vec![0; rows.len() * 4];
-            out.as_chunks_mut().0.iter_mut().zip(rows).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
-            (out.into(), Bytes::new())
-        }
-        Encoding::Bf16 => {
-            let mut out = vec![0; rows.len() * 2];
-            let pairs = out.as_chunks_mut().0.iter_mut().zip(rows);
-            pairs.for_each(|(bytes, value)| *bytes = bf16::from_f32(*value).to_le_bytes());
-            (out.into(), Bytes::new())
-        }
-        Encoding::Fp8Block128 => encode_fp8(rows, hidden),
-    }
+    let count = rows.len() / hidden.max(1);
+    let mut values = vec![0; encoding.row_bytes(hidden) * count];
+    let mut scales = vec![0; encoding.scale_bytes(hidden) * count];
+    encode_rows(rows.chunks_exact(hidden.max(1)), hidden, encoding, &mut values, &mut scales);
+    (values.into(), scales.into())
 }
 
-/// Per block `scale = max(amax, 1e-4) / 448`, as DeepSeek's activation quantisation.
-fn encode_fp8(rows: &[f32], hidden: usize) -> (Bytes, Bytes) {
-    let mut values = Vec::with_capacity(rows.len());
-    let mut scales = Vec::with_capacity(rows.len().div_ceil(FP8_BLOCK) * 4);
-    for row in rows.chunks(hidden.max(1)) {
-        for block in row.chunks(FP8_BLOCK) {
-            let amax = block.iter().fold(0.0f32, |amax, value| amax.max(value.abs()));
-            let scale = amax.max(1e-4) / FP8_MAX;
-            scales.extend_from_slice(&scale.to_le_bytes());
-            values.extend(block.iter().map(|value| encode_e4m3(value / scale)));
+/// As [`encode`], rows from wherever they are into where they shall be: `values` and `scales` hold exactly as many.
+pub fn encode_rows<'a>(
+    rows: impl Iterator<Item = &'a [f32]>,
+    hidden: usize,
+    encoding: Encoding,
+    values: &mut [u8],
+    scales: &mut [u8],
+) {
+    let (width, scale_width) = (encoding.row_bytes(hidden).max(1), encoding.scale_bytes(hidden));
+    for (nth, (row, out)) in rows.zip(values.chunks_exact_mut(width)).enumerate() {
+        match encoding {
+            Encoding::F32 => {
+                out.as_chunks_mut().0.iter_mut().zip(row).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+            }
+            Encoding::Bf16 => kernels::bf16_encode(row, out.as_chunks_mut().0),
+            // As DeepSeek's activation quantisation.
+            Encoding::Fp8Block128 => {
+                let scales = scales[nth * scale_width..][..scale_width].as_chunks_mut().0.iter_mut();
+                for ((values, out), scale) in row.chunks(FP8_BLOCK).zip(out.chunks_mut(FP8_BLOCK)).zip(scales) {
+                    *scale = kernels::fp8_encode_block(values, out).to_le_bytes();
+                }
+            }
         }
     }
-    (values.into(), scales.into())
 }
 
 /// `rows` rows of `hidden` values back to f32 `[rows, hidden]`.
 pub fn decode(encoding: Encoding, values: &[u8], scales: &[u8], rows: usize, hidden: usize) -> Result<Vec<f32>, Error> {
+    check(encoding, values, scales, rows, hidden)?;
+    let mut out = vec![0.0; rows * hidden];
+    match encoding {
+        Encoding::F32 => {
+            out.iter_mut().zip(values.as_chunks().0).for_each(|(out, bytes)| *out = f32::from_le_bytes(*bytes));
+        }
+        Encoding::Bf16 => kernels::bf16_decode(values.as_chunks().0, &mut out),
+        Encoding::Fp8Block128 => {
+            let rows = values.chunks(hidden.max(1)).zip(out.chunks_mut(hidden.max(1)));
+            let blocks = rows.flat_map(|(row, out)| row.chunks(FP8_BLOCK).zip(out.chunks_mut(FP8_BLOCK)));
+            for ((block, out), scale) in blocks.zip(scales.as_chunks().0) {
+                kernels::fp8_decode_block(block, f32::from_le_bytes(*scale), out);
+            }
+        }
+    }
+    Ok(out)
+}
+
+/// Whether `values` and `scales` hold exactly `rows` rows of `hidden` values.
+pub fn check(encoding: Encoding, values: &[u8], scales: &[u8], rows: usize, hidden: usize) -> Result<(), Error> {
     let check = |what, expected: usize, actual: usize| {
         if expected == actual { Ok(()) } else { Err(Error::Length { what, rows, hidden, encoding, expected, actual }) }
     };
     check("rows", encoding.row_bytes(hidden).saturating_mul(rows), values.len())?;
-    check("scales", encoding.scale_bytes(hidden).saturating_mul(rows), scales.len())?;
-    Ok(match encoding {
-        Encoding::F32 => values.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
-        Encoding::Bf16 => values.as_chunks().0.iter().map(|bytes| bf16::from_le_bytes(*bytes).to_f32()).collect(),
-        Encoding::Fp8Block128 => {
-            let scales: Vec<f32> = scales.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
-            let blocks = values.chunks(hidden.max(1)).flat_map(|row| row.chunks(FP8_BLOCK));
-            blocks
-                .zip(scales)
-                .flat_map(|(block, scale)| block.iter().map(move |&byte| decode_e4m3(byte) * scale))
-                .collect()
-        }
-    })
+    check("scales", encoding.scale_bytes(hidden).saturating_mul(rows), scales.len())
 }
 
-/// Whether every value is a number. Compares bit patterns, which the compiler makes vectors of.
+/// Rows that came back, as they came: checked once, read where they lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// F32 or BF16.
+    wide: bool,
+    bytes: Bytes,
+    row_bytes: usize,
+}
+
+impl Rows {
+    /// `rows` rows of `hidden` values in `bytes`. The 8-bit encoding is for the way out only and holds no rows here.
+    pub fn new(encoding: Encoding, bytes: Bytes, rows: usize, hidden: usize) -> Result<Self, Error> {
+        let scales: &[u8] = &[];
+        check(encoding, &bytes, scales, rows, hidden)?;
+        Ok(Self { wide: encoding == Encoding::F32, bytes, row_bytes: encoding.row_bytes(hidden) })
+    }
+
+    /// Whether every value is a number.
+    pub fn all_finite(&self) -> bool {
+        match self.wide {
+            true => kernels::f32_all_finite(self.bytes.as_chunks().0),
+            false => kernels::bf16_all_finite(self.bytes.as_chunks().0),
+        }
+    }
+
+    /// Whether every value is 0.
+    pub fn are_zero(&self) -> bool {
+        // A sign alone is no value.
+        let (width, sign) = if self.wide { (4, 0x80) } else { (2, 0x80) };
+        self.bytes.chunks(width).all(|value| {
+            value.iter().rev().enumerate().all(|(nth, byte)| match nth {
+                0 => byte & !sign == 0,
+                _ => *byte == 0,
+            })
+        })
+    }
+
+    /// Adds `weight` times row `nth` to `sums`, in f32, a product and a sum each.
+    pub fn add_weighted(&self, nth: usize, weight: f32, sums: &mut [f32]) {
+        let row = &self.bytes[nth * self.row_bytes..][..self.row_bytes];
+        match self.wide {
+            true => kernels::f32_add_weighted(sums, weight, row.as_chunks().0),
+            false => kernels::bf16_add_weighted(sums, weight, row.as_chunks().0),
+        }
+    }
+}
+
+/// Whether every value is a number.
 pub fn all_finite(rows: &[f32]) -> bool {
-    const INFINITE: u32 = f32::INFINITY.to_bits();
-    rows.iter().fold(0, |greatest, value| greatest.max(value.to_bits() & !(1 << 31))) < INFINITE
+    kernels::all_finite(rows)
 }
 
 #[cfg(test)]

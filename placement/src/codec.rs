@@ -14,7 +14,8 @@ use crate::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, Work
 use crate::load::Load;
 use crate::plan::{PastPlan, Plan};
 use crate::state::{
-    DrainOrder, ExpertSet, LeaderRecord, Locality, ModelIdentity, Residency, RouterRecord, WorkerRecord, WorkerState,
+    DrainOrder, ExpertSet, LeaderRecord, LocalSocket, Locality, ModelIdentity, Residency, RouterRecord, WorkerRecord,
+    WorkerState,
 };
 
 /// The largest value that is decoded. The largest honest one, a plan for DeepSeek-V3 with three replicas, is a quarter.
@@ -146,6 +147,7 @@ impl WorkerRecord {
             plan_version: self.plan_version.0,
             host: self.locality.host.clone(),
             zone: self.locality.zone.clone(),
+            local_socket: self.local.clone().map(|LocalSocket { boot_id, name }| pb::LocalSocket { boot_id, name }),
         };
         message.encode_to_vec().into()
     }
@@ -171,6 +173,13 @@ impl WorkerRecord {
             id: named("WorkerRecord.id", WorkerId::parse(&message.id))?,
             incarnation: incarnation("WorkerRecord.incarnation", message.incarnation)?,
             address: text("WorkerRecord.address", message.address)?,
+            local: match message.local_socket {
+                Some(local) => Some(LocalSocket {
+                    boot_id: text("WorkerRecord.local_socket.boot_id", local.boot_id)?,
+                    name: text("WorkerRecord.local_socket.name", local.name)?,
+                }),
+                None => None,
+            },
             device: text("WorkerRecord.device", message.device)?,
             memory_budget: message.memory_budget,
             speed: message.speed,

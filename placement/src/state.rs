@@ -208,6 +208,15 @@ impl FromIterator<(LayerIdx, ExpertId)> for Residency {
     }
 }
 
+/// Where processes of the same host reach a worker without the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalSocket {
+    /// That host's boot: on another one, or after it, the name means nothing.
+    pub boot_id: String,
+    /// An abstract Unix socket, in the worker's network namespace.
+    pub name: String,
+}
+
 /// What a worker says about itself, under its lease.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerRecord {
@@ -217,6 +226,8 @@ pub struct WorkerRecord {
     pub incarnation: Incarnation,
     /// host:port of its expert service.
     pub address: String,
+    /// The same service, for processes of its host.
+    pub local: Option<LocalSocket>,
     /// `cpu` or `cuda:N`.
     pub device: String,
     /// Bytes it may fill with experts; 0 means as many as it is given.

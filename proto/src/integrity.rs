@@ -10,29 +10,56 @@ use crc32fast::Hasher;
 
 use crate::expert::v1::{DispatchBatch, Returned};
 
+/// What of a batch decides the result, wherever its bytes lie.
+#[derive(Clone, Copy, Debug)]
+pub struct Dispatched<'a> {
+    /// `batch_id`.
+    pub batch_id: u64,
+    /// `layer` and `rows`.
+    pub counts: [u32; 2],
+    /// `encoding`, `mode` and `return_encoding`.
+    pub kinds: [i32; 3],
+    /// `expert_ids`, `row_ids`, `weights`, `scales` and `hidden`.
+    pub fields: [&'a [u8]; 5],
+}
+
+impl Dispatched<'_> {
+    /// The sum over all of it.
+    pub fn checksum(&self) -> u32 {
+        let mut sum = Hasher::new();
+        sum.update(&self.batch_id.to_le_bytes());
+        self.counts.iter().for_each(|number| sum.update(&number.to_le_bytes()));
+        self.kinds.iter().for_each(|number| sum.update(&number.to_le_bytes()));
+        for bytes in self.fields {
+            sum.update(&(bytes.len() as u64).to_le_bytes());
+            sum.update(bytes);
+        }
+        sum.finalize()
+    }
+}
+
 /// Over everything but what only logs read: the plan's version and the time that is left.
 pub fn of_dispatch(batch: &DispatchBatch) -> u32 {
-    let mut sum = Hasher::new();
-    sum.update(&batch.batch_id.to_le_bytes());
-    for number in [batch.layer, batch.rows] {
-        sum.update(&number.to_le_bytes());
-    }
-    for number in [batch.encoding, batch.mode, batch.return_encoding] {
-        sum.update(&number.to_le_bytes());
-    }
-    for bytes in [&batch.expert_ids, &batch.row_ids, &batch.weights, &batch.scales, &batch.hidden] {
-        sum.update(&(bytes.len() as u64).to_le_bytes());
-        sum.update(bytes);
-    }
-    sum.finalize()
+    let dispatched = Dispatched {
+        batch_id: batch.batch_id,
+        counts: [batch.layer, batch.rows],
+        kinds: [batch.encoding, batch.mode, batch.return_encoding],
+        fields: [&batch.expert_ids, &batch.row_ids, &batch.weights, &batch.scales, &batch.hidden],
+    };
+    dispatched.checksum()
 }
 
 /// Over an answer's rows and whose they are.
 pub fn of_returned(batch_id: u64, returned: &Returned) -> u32 {
+    of_rows(batch_id, returned.encoding, &returned.rows)
+}
+
+/// As [`of_returned`], rows that are not in a message of their own.
+pub fn of_rows(batch_id: u64, encoding: i32, rows: &[u8]) -> u32 {
     let mut sum = Hasher::new();
     sum.update(&batch_id.to_le_bytes());
-    sum.update(&returned.encoding.to_le_bytes());
-    sum.update(&returned.rows);
+    sum.update(&encoding.to_le_bytes());
+    sum.update(rows);
     sum.finalize()
 }
 

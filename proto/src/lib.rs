@@ -18,6 +18,9 @@ pub mod expert {
     /// has come to listen at the same address refuses with FAILED_PRECONDITION.
     pub const INCARNATION_METADATA: &str = "conclave-incarnation";
 
+    /// Where `Exchange` is called.
+    pub const EXCHANGE_PATH: &str = "/conclave.expert.v1.ExpertWorker/Exchange";
+
     /// Version 1.
     pub mod v1 {
         #![allow(clippy::all, clippy::pedantic, missing_docs, unreachable_pub)]

@@ -92,7 +92,7 @@ pub enum Error {
     #[error("this router may not join the cluster: {0}")]
     Model(#[from] IdentityError),
     /// A thread could not be started.
-    #[error("the engine's thread could not be started: {0}")]
+    #[error("a thread could not be started: {0}")]
     Thread(#[from] std::io::Error),
     /// The engine ended or panicked.
     #[error("the engine ended: {0}")]
@@ -165,7 +165,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
 
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
-    let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone());
+    let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone())?;
     metrics::register(&probes.registry, workers.clone());
     let stall = Arc::new(Stall::default());
     let (scheduler, queue) = scheduler::queue(Arc::clone(&stall), config.max_waiting as usize);

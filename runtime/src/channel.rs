@@ -1,8 +1,10 @@
-//! Channels inside the cluster: an address comes in, an endpoint with its limits set goes out. Nothing is connected,
-//! retried or balanced here.
+//! Channels inside the cluster: an address comes in, an endpoint with its limits set goes out, or a connected socket for
+//! a stream of rows. Nothing is retried or balanced here.
 
 use std::time::Duration;
 
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
 use tonic::transport::Endpoint;
 
 pub use crate::server::MAX_INTERNAL_MESSAGE;
@@ -10,6 +12,9 @@ use crate::server::{
     INTERNAL_CONNECTION_WINDOW, INTERNAL_FRAME, INTERNAL_KEEP_ALIVE, INTERNAL_KEEP_ALIVE_TIMEOUT,
     INTERNAL_STREAM_WINDOW,
 };
+
+use crate::listen::abstract_path;
+use crate::socket::Socket;
 
 /// How long a connection attempt may take. tonic has no limit of its own, so a black-holed address would hang.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -35,6 +40,18 @@ pub fn internal(address: &str) -> Result<Endpoint, Error> {
         .initial_stream_window_size(INTERNAL_STREAM_WINDOW)
         .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
         .max_frame_size(INTERNAL_FRAME))
+}
+
+/// A TCP connection to `address` ("host:port").
+pub async fn tcp(address: &str) -> std::io::Result<Socket> {
+    let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await??;
+    socket.set_nodelay(true)?;
+    Ok(Socket::Tcp(socket))
+}
+
+/// A connection to the abstract Unix socket `name` of this network namespace. Refused at once where there is none.
+pub async fn local(name: &str) -> std::io::Result<Socket> {
+    Ok(Socket::Local(timeout(CONNECT_TIMEOUT, UnixStream::connect(abstract_path(name))).await??))
 }
 
 #[cfg(test)]

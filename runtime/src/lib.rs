@@ -12,6 +12,7 @@ pub mod shutdown;
 
 // What a process serves.
 pub mod listen;
+pub mod socket;
 pub mod server;
 
 pub mod health;
@@ -21,4 +22,8 @@ pub mod probes;
 
 // What it uses.
 pub mod channel;
+pub mod stream;
+
+// Threads of its own.
 pub mod tensor_thread;
+pub mod wire_thread;

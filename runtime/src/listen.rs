@@ -1,8 +1,15 @@
-//! Sockets: an address comes in, a bound listener with Nagle's algorithm off goes out. Nothing is accepted or parsed.
+//! Sockets: addresses come in, a bound listener with Nagle's algorithm off goes out, with a Unix socket beside the port
+//! where processes of this host may use one. Nothing is accepted or parsed.
 
 use std::net::SocketAddr;
+use std::pin::Pin;
 
+use tokio::net::UnixListener;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
+
+use crate::socket::Socket;
 
 #[derive(Debug, thiserror::Error)]
 #[error("cannot listen on {address}: {source}")]
@@ -16,7 +23,8 @@ pub struct Error {
 pub struct Listener {
     /// Where it is bound: with port 0 asked for, the port that was found.
     pub local_addr: SocketAddr,
-    pub incoming: TcpIncoming,
+    incoming: TcpIncoming,
+    local: Option<UnixListener>,
 }
 
 /// Binds `addr` ("host:port"; port 0 takes a free one). Must be called within a tokio runtime; a host name is resolved
@@ -30,9 +38,40 @@ pub fn bind(addr: &str) -> Result<Listener, Error> {
         socket.set_nonblocking(true)?;
         let local_addr = socket.local_addr()?;
         let incoming = TcpIncoming::from(tokio::net::TcpListener::from_std(socket)?).with_nodelay(Some(true));
-        Ok(Listener { local_addr, incoming })
+        Ok(Listener { local_addr, incoming, local: None })
     };
     open().map_err(|source| Error { address: addr.to_owned(), source })
+}
+
+impl Listener {
+    /// Listens for processes of this host too, at the abstract Unix socket `name`. Such a socket lives in the network
+    /// namespace: whoever can reach it can reach the port as well, it needs no folder that both sides see, and the kernel
+    /// takes it away with the process, however that ends.
+    pub fn also_at(&mut self, name: &str) -> Result<(), Error> {
+        let bound = UnixListener::bind(abstract_path(name));
+        self.local = Some(bound.map_err(|source| Error { address: format!("unix socket @{name}"), source })?);
+        Ok(())
+    }
+
+    /// Connections from both.
+    pub fn incoming(self) -> Pin<Box<dyn Stream<Item = std::io::Result<Socket>> + Send>> {
+        let tcp = self.incoming.map(|accepted| accepted.map(Socket::Tcp));
+        match self.local.map(UnixListenerStream::new) {
+            Some(local) => Box::pin(tcp.merge(local.map(|accepted| accepted.map(Socket::Local)))),
+            None => Box::pin(tcp),
+        }
+    }
+}
+
+/// How tokio is told of the abstract socket `name`: by a path that begins with a zero byte.
+pub(crate) fn abstract_path(name: &str) -> String {
+    format!("\0{name}")
+}
+
+/// What tells this boot of this machine from all others, where the kernel says it. Containers of one host share it.
+pub fn boot_id() -> Option<String> {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(id.trim().to_owned()).filter(|id| !id.is_empty())
 }
 
 /// This host's name, as others on its network may know it.

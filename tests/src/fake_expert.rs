@@ -143,6 +143,7 @@ fn record(id: WorkerId, address: String, model: &ModelIdentity) -> WorkerRecord 
         id,
         incarnation: Incarnation::fresh(),
         address,
+        local: None,
         device: "cpu".into(),
         memory_budget: 0,
         speed: 0.0,

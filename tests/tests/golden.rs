@@ -65,7 +65,7 @@ async fn every_logit_of_a_cluster_of_three_workers_is_the_reference_s() {
         let exchange = |mode| Exchange {
             hedging: Some(Hedging::default()),
             sent: Arc::new(SentRows::new(std::iter::empty(), 0)),
-            workers: Workers::start(view.subscribe(), hidden, end.clone()),
+            workers: Workers::start(view.subscribe(), hidden, end.clone()).expect("a thread"),
             mode,
             encoding: Encoding::F32,
             hidden,

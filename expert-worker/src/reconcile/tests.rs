@@ -24,6 +24,7 @@ fn worker(name: &str, plan: u64, resident: &[u16]) -> WorkerRecord {
         id: id(name),
         incarnation: Incarnation::new(7).unwrap(),
         address: "127.0.0.1:7500".into(),
+        local: None,
         device: "cpu".into(),
         memory_budget: 0,
         speed: 0.0,

@@ -2,22 +2,26 @@
 //! in completion order; `GetInventory` shows what is here. A stream has a budget of bytes in flight, so a router that
 //! does not read its answers is not read either. Nothing is computed on this side of the queue.
 
+mod answer;
 mod decode;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conclave_model::wire::{self, Encoding};
+use bytes::Bytes;
+use conclave_model::wire::Encoding;
 use conclave_placement::ids::LayerIdx;
 use conclave_placement::state::WorkerState;
-use conclave_proto::expert::INCARNATION_METADATA;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
+use conclave_proto::expert::{EXCHANGE_PATH, INCARNATION_METADATA};
 use conclave_proto::integrity;
 use conclave_proto::status::Failure;
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
+use conclave_runtime::stream::{Front, Handler, Inbound};
+use http::HeaderMap;
+use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::{Request, Response, Status, Streaming};
@@ -67,30 +71,39 @@ impl Service {
     }
 
     /// The service to add to a server, with the cluster's message limits.
-    pub fn server(self) -> ExpertWorkerServer<Self> {
-        ExpertWorkerServer::new(self)
+    pub fn server(self) -> Front<Self, ExpertWorkerServer<Self>> {
+        let rest = ExpertWorkerServer::new(self.clone())
             .max_decoding_message_size(MAX_INTERNAL_MESSAGE)
-            .max_encoding_message_size(MAX_INTERNAL_MESSAGE)
+            .max_encoding_message_size(MAX_INTERNAL_MESSAGE);
+        Front { handler: self, rest }
     }
 }
 
-#[tonic::async_trait]
-impl ExpertWorker for Service {
-    type ExchangeStream = ReceiverStream<Result<pb::CombineBatch, Status>>;
+impl Handler for Service {
+    const PATH: &'static str = EXCHANGE_PATH;
 
-    async fn exchange(
-        &self,
-        request: Request<Streaming<pb::DispatchBatch>>,
-    ) -> Result<Response<Self::ExchangeStream>, Status> {
-        self.0.is_meant(&request)?;
+    fn accept(&self, metadata: &HeaderMap, messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+        self.0.is_meant(metadata)?;
         let (answers, stream) = mpsc::channel(ANSWERS_WAITING);
         let exchange = Exchange {
             parts: Arc::clone(&self.0),
             answers,
             budget: Arc::new(Semaphore::new(STREAM_BUDGET_KIB as usize)),
         };
-        tokio::spawn(exchange.run(request.into_inner()));
-        Ok(Response::new(ReceiverStream::new(stream)))
+        tokio::spawn(exchange.run(messages));
+        Ok(stream)
+    }
+}
+
+#[tonic::async_trait]
+impl ExpertWorker for Service {
+    type ExchangeStream = tokio_stream::Empty<Result<pb::CombineBatch, Status>>;
+
+    async fn exchange(
+        &self,
+        _request: Request<Streaming<pb::DispatchBatch>>,
+    ) -> Result<Response<Self::ExchangeStream>, Status> {
+        Err(Status::internal("exchange streams are answered before they come here"))
     }
 
     async fn get_inventory(
@@ -103,8 +116,8 @@ impl ExpertWorker for Service {
 
 impl Parts {
     /// A stream meant for whoever had this address before must not be answered with these weights.
-    fn is_meant<T>(&self, request: &Request<T>) -> Result<(), Failure> {
-        let Some(named) = request.metadata().get(INCARNATION_METADATA) else { return Ok(()) };
+    fn is_meant(&self, metadata: &HeaderMap) -> Result<(), Failure> {
+        let Some(named) = metadata.get(INCARNATION_METADATA) else { return Ok(()) };
         let here = self.registration.record().incarnation.get().to_string();
         if named.as_bytes() == here.as_bytes() {
             return Ok(());
@@ -168,18 +181,18 @@ struct Accepted {
 /// One router's stream.
 struct Exchange {
     parts: Arc<Parts>,
-    answers: mpsc::Sender<Result<pb::CombineBatch, Status>>,
+    answers: mpsc::Sender<Bytes>,
     budget: Arc<Semaphore>,
 }
 
 impl Exchange {
     /// Reads batches until the router ends the stream or goes away, or this worker closes. What is in flight is still
     /// answered: each of those tasks holds the stream open.
-    async fn run(self, mut batches: Streaming<pb::DispatchBatch>) {
+    async fn run(self, mut batches: Inbound) {
         self.parts.metrics.streams.inc();
         loop {
             let message = tokio::select! {
-                message = batches.message() => message,
+                message = batches.next() => message,
                 () = self.parts.closing.cancelled() => break,
                 () = self.answers.closed() => break,
             };
@@ -200,8 +213,16 @@ impl Exchange {
     }
 
     /// Accepts or refuses one batch; `None` when the router is gone.
-    async fn one(&self, message: pb::DispatchBatch) -> Option<()> {
+    async fn one(&self, message: Bytes) -> Option<()> {
         let received = Instant::now();
+        // The rows stay where they arrived. What is no message at all has no number to be refused by.
+        let message = match pb::DispatchBatch::decode(message) {
+            Ok(message) => message,
+            Err(error) => {
+                tracing::debug!(%error, "an exchange stream holds what is no batch");
+                return None;
+            }
+        };
         let budget = Arc::clone(&self.budget).acquire_many_owned(cost_kib(&message)).await.ok()?;
         match self.parts.accept(&message, received) {
             Ok(accepted) => {
@@ -212,7 +233,7 @@ impl Exchange {
             Err(refusal) => {
                 let waited = received.elapsed();
                 let refused = self.parts.refused(message.batch_id, refusal, waited, Duration::ZERO);
-                self.answers.send(Ok(refused)).await.ok()
+                self.answers.send(refused).await.ok()
             }
         }
     }
@@ -220,12 +241,7 @@ impl Exchange {
 
 impl Parts {
     /// Waits for the rows and sends them. Where the router has gone away, the batch is given up: the queue drops it.
-    async fn answer(
-        &self,
-        accepted: Accepted,
-        answers: &mpsc::Sender<Result<pb::CombineBatch, Status>>,
-        budget: OwnedSemaphorePermit,
-    ) {
+    async fn answer(&self, accepted: Accepted, answers: &mpsc::Sender<Bytes>, budget: OwnedSemaphorePermit) {
         let Accepted { batch_id, return_encoding, answer } = accepted;
         let answer = tokio::select! {
             answer = answer => answer,
@@ -233,14 +249,10 @@ impl Parts {
         };
         let message = match answer {
             Ok(Answer { outcome: Ok(rows), queued, computed }) => {
-                let returned = self.returned(&rows, return_encoding);
-                pb::CombineBatch {
-                    batch_id,
-                    checksum: Some(integrity::of_returned(batch_id, &returned)),
-                    outcome: Some(pb::combine_batch::Outcome::Returned(returned)),
-                    queue_us: micros(queued),
-                    compute_us: micros(computed),
-                }
+                let times = [micros(queued), micros(computed)];
+                answer::returned(batch_id, &rows, self.shape.hidden, return_encoding, times).unwrap_or_else(|error| {
+                    self.refused(batch_id, Refusal::Internal(error.to_string()), queued, computed)
+                })
             }
             Ok(Answer { outcome: Err(refusal), queued, computed }) => self.refused(batch_id, refusal, queued, computed),
             Err(_) => {
@@ -249,45 +261,14 @@ impl Parts {
             }
         };
         // A router that is gone has nobody to tell.
-        let _ = answers.send(Ok(message)).await;
+        let _ = answers.send(message).await;
         drop(budget);
     }
 
-    fn returned(&self, rows: &[f32], encoding: Encoding) -> pb::Returned {
-        let (rows, _no_scales) = wire::encode(rows, self.shape.hidden, encoding);
-        let encoding = match encoding {
-            Encoding::Bf16 => pb::Encoding::Bf16,
-            Encoding::F32 => pb::Encoding::F32,
-            Encoding::Fp8Block128 => pb::Encoding::Fp8E4m3Block128,
-        };
-        pb::Returned { encoding: encoding.into(), rows }
-    }
-
-    fn refused(&self, batch_id: u64, refusal: Refusal, queued: Duration, computed: Duration) -> pb::CombineBatch {
+    fn refused(&self, batch_id: u64, refusal: Refusal, queued: Duration, computed: Duration) -> Bytes {
         self.metrics.count_refused(&refusal);
-        pb::CombineBatch {
-            batch_id,
-            checksum: None,
-            outcome: Some(pb::combine_batch::Outcome::Refused(refused(refusal))),
-            queue_us: micros(queued),
-            compute_us: micros(computed),
-        }
+        answer::refused(batch_id, refusal, [micros(queued), micros(computed)])
     }
-}
-
-fn refused(refusal: Refusal) -> pb::Refused {
-    use pb::RefusedReason as Reason;
-    let (reason, message, missing_experts, retry_after) = match refusal {
-        Refusal::Busy { message, retry_after } => (Reason::Busy, message.to_owned(), Vec::new(), retry_after),
-        Refusal::Draining => (Reason::Draining, "this worker is leaving".to_owned(), Vec::new(), Duration::ZERO),
-        Refusal::NotResident(missing) => {
-            let missing = missing.into_iter().map(u32::from).collect();
-            (Reason::NotResident, "experts are not here".to_owned(), missing, Duration::ZERO)
-        }
-        Refusal::Invalid(message) => (Reason::Invalid, message, Vec::new(), Duration::ZERO),
-        Refusal::Internal(message) => (Reason::Internal, message, Vec::new(), Duration::ZERO),
-    };
-    pb::Refused { reason: reason.into(), missing_experts, retry_after_us: micros(retry_after), message }
 }
 
 /// What a batch takes of its stream's budget: its own bytes and as many again per assignment for the answer.

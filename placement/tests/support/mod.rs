@@ -55,6 +55,7 @@ pub(crate) fn worker(name: &str, plan: u64) -> WorkerRecord {
         id: WorkerId::parse(name).expect("a name"),
         incarnation: Incarnation::fresh(),
         address: "127.0.0.1:7500".into(),
+        local: None,
         device: "cpu".into(),
         memory_budget: 0,
         speed: 0.0,

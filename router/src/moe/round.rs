@@ -9,18 +9,18 @@
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
-use conclave_model::{gate::Routing, wire};
+use conclave_model::{gate::Routing, wire::Rows};
 use conclave_placement::ids::WorkerId;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::{
-    combine,
+    combine::{self, Place},
     exchange::{Error, Exchange, Hedging, Mode},
     plan::{self, Assignment, Part, Standing},
 };
-use crate::workers::{Dispatch, Reach, Refusal, Reply, Snapshot};
+use crate::workers::{Contents, Dispatch, Reach, Refusal, Reply, Snapshot};
 
 /// How long a worker that said BUSY is passed over: at least, and at most, whatever it asked for.
 const BUSY_PAUSE: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
@@ -44,9 +44,11 @@ pub(super) struct Round<'a> {
     passed_over: Vec<(WorkerId, Instant)>,
     last_failure: Option<String>,
     invalid: Option<String>,
-    /// Rows by slot, or complete parts, as they come back.
-    slots: Vec<f32>,
-    partials: Vec<(Vec<u32>, u32, Vec<f32>)>,
+    /// Answers as they came, and of each slot where among them its row lies.
+    answers: Vec<Rows>,
+    slots: Vec<Place>,
+    /// Of partial sums: the first slot, the rows they belong to, and the answer.
+    partials: Vec<(u32, Vec<u32>, Rows)>,
 }
 
 /// A part that was sent.
@@ -65,7 +67,7 @@ struct Job {
 enum Hedge {
     Never,
     /// So many parts are not back; those are.
-    Out(usize, Vec<(Part, Vec<f32>)>),
+    Out(usize, Vec<(Part, Rows)>),
     Failed,
 }
 
@@ -89,7 +91,7 @@ struct Flight {
 
 impl Flight {
     async fn reply(self) -> Sent {
-        let reply = self.to.link.call(&self.dispatch, self.late_at, self.patience, self.deadline).await;
+        let reply = self.to.link.call(self.dispatch, self.late_at, self.patience, self.deadline).await;
         Sent { job: self.job, lane: self.lane, part: self.part, worker: self.to.id, reply }
     }
 }
@@ -113,7 +115,7 @@ impl<'a> Round<'a> {
         todo: Vec<Assignment>,
     ) -> Self {
         let slots = match exchange.mode {
-            Mode::PerAssignment => vec![0.0; routing.expert_ids.len() * exchange.hidden],
+            Mode::PerAssignment => vec![Place::default(); routing.expert_ids.len()],
             Mode::PartialSum => Vec::new(),
         };
         Self {
@@ -128,6 +130,7 @@ impl<'a> Round<'a> {
             passed_over: Vec::new(),
             last_failure: None,
             invalid: None,
+            answers: Vec::new(),
             slots,
             partials: Vec::new(),
         }
@@ -286,29 +289,20 @@ impl<'a> Round<'a> {
         }
     }
 
+    /// Rows leave from where they are: each is read once and written once, into the message that goes out.
     fn dispatch(&self, snapshot: &Snapshot, part: &Part) -> Dispatch {
-        let hidden = self.exchange.hidden;
-        let mut gathered = Vec::with_capacity(part.rows.len() * hidden);
-        for &row in &part.rows {
-            let start = row as usize * hidden;
-            gathered.extend_from_slice(&self.rows[start..start + hidden]);
-        }
-        let (values, scales) = wire::encode(&gathered, hidden, self.exchange.encoding);
-        let weight = |assignment: &Assignment| self.routing.weights[assignment.slot as usize];
-        Dispatch {
+        let contents = Contents {
             layer: self.layer,
             plan_version: snapshot.plan_version.0,
             encoding: self.exchange.encoding,
-            rows: part.rows.len(),
-            hidden: values,
-            scales,
-            expert_ids: part.assignments.iter().map(|assignment| assignment.expert).collect(),
-            row_ids: part.row_ids.clone(),
-            weights: match self.exchange.mode {
-                Mode::PerAssignment => None,
-                Mode::PartialSum => Some(part.assignments.iter().map(weight).collect()),
-            },
-        }
+            hidden: self.exchange.hidden,
+            source: self.rows,
+            rows: &part.rows,
+            row_ids: &part.row_ids,
+        };
+        let weight = |assignment: &Assignment| self.routing.weights[assignment.slot as usize];
+        let weights = (self.exchange.mode == Mode::PartialSum).then(|| part.assignments.iter().map(weight));
+        Dispatch::new(contents, part.assignments.iter().map(|assignment| assignment.expert), weights)
     }
 
     /// Keeps what is back; puts what is not on the list again.
@@ -333,7 +327,7 @@ impl<'a> Round<'a> {
         self.failed(job, lane, failure);
     }
 
-    fn returned(&mut self, index: usize, lane: Lane, part: Part, rows: Vec<f32>) {
+    fn returned(&mut self, index: usize, lane: Lane, part: Part, rows: Rows) {
         let job = &mut self.jobs[index];
         if job.done {
             return;
@@ -358,18 +352,18 @@ impl<'a> Round<'a> {
         }
     }
 
-    fn keep(&mut self, part: Part, rows: Vec<f32>) {
-        let hidden = self.exchange.hidden;
+    fn keep(&mut self, part: Part, rows: Rows) {
         match self.exchange.mode {
             Mode::PerAssignment => {
-                for (assignment, row) in part.assignments.iter().zip(rows.chunks_exact(hidden)) {
-                    let start = assignment.slot as usize * hidden;
-                    self.slots[start..start + hidden].copy_from_slice(row);
+                let answer = self.answers.len() as u32;
+                for (row, assignment) in (0..).zip(&part.assignments) {
+                    self.slots[assignment.slot as usize] = Place { answer, row };
                 }
+                self.answers.push(rows);
             }
             Mode::PartialSum => {
                 let first = part.assignments.first().map_or(0, |assignment| assignment.slot);
-                self.partials.push((part.rows, first, rows));
+                self.partials.push((first, part.rows, rows));
             }
         }
     }
@@ -399,13 +393,13 @@ impl<'a> Round<'a> {
         let (hidden, routing) = (self.exchange.hidden, self.routing);
         match self.exchange.mode {
             Mode::PerAssignment => {
-                combine::per_assignment(&self.slots, &routing.weights, routing.experts_per_row, hidden)
+                combine::per_assignment(&self.answers, &self.slots, &routing.weights, routing.experts_per_row, hidden)
             }
             Mode::PartialSum => {
                 let mut sums = vec![0.0; self.rows.len()];
                 // In an order that does not depend on who answered first.
-                self.partials.sort_unstable_by_key(|(_, first_slot, _)| *first_slot);
-                for (indices, _, rows) in &self.partials {
+                self.partials.sort_unstable_by_key(|(first_slot, ..)| *first_slot);
+                for (_, indices, rows) in &self.partials {
                     combine::add_partial(&mut sums, indices, rows, hidden);
                 }
                 sums

@@ -3,79 +3,150 @@
 //! In: a [`Dispatch`], or a worker's message. Out: the other side's form, every length checked.
 //! Never here: what to do about a refusal.
 
-use std::time::Duration;
+use std::{ops::Range, time::Duration};
 
-use bytes::Bytes;
-use conclave_model::wire::{self, Encoding};
+use bytes::{BufMut, Bytes, BytesMut};
+use conclave_model::wire::{self, Encoding, Rows};
 use conclave_proto::{expert::v1 as pb, integrity};
+use conclave_runtime::stream::{Message, TooLong};
+use prost::{
+    Message as _,
+    encoding::{WireType, encode_key, encode_varint},
+};
 
-/// Rows for one worker.
-#[derive(Clone, Debug)]
+/// Rows for one worker, in the message they leave in. Only what the stream decides is missing from it.
+#[derive(Debug)]
 pub struct Dispatch {
+    message: Message,
+    /// Where in it the bytes of `expert_ids`, `row_ids`, `weights`, `scales` and `hidden` lie.
+    fields: [Range<usize>; 5],
+    layer: u32,
+    kinds: [i32; 3],
+    rows: usize,
+    assignments: usize,
+    weighted: bool,
+}
+
+/// What goes into a [`Dispatch`], wherever it lies.
+#[derive(Clone, Copy, Debug)]
+pub struct Contents<'a> {
     /// Layer of the model.
     pub layer: u32,
     /// For the worker's logs.
     pub plan_version: u64,
     /// How the rows travel, both ways.
     pub encoding: Encoding,
-    /// n.
-    pub rows: usize,
-    /// `[n, hidden]`.
-    pub hidden: Bytes,
-    /// For the 8-bit encoding.
-    pub scales: Bytes,
-    /// Per assignment.
-    pub expert_ids: Vec<u16>,
-    /// Per assignment, below n.
-    pub row_ids: Vec<u32>,
-    /// Per assignment, where one weighted row per row sent is wanted back.
-    pub weights: Option<Vec<f32>>,
+    /// D.
+    pub hidden: usize,
+    /// f32 `[T, D]`, of which some are sent.
+    pub source: &'a [f32],
+    /// Those, each below T.
+    pub rows: &'a [u32],
+    /// Per assignment, below the number of rows sent.
+    pub row_ids: &'a [u32],
 }
 
+/// What a message holds besides its bytes fields, at most.
+const SMALL_FIELDS: usize = 128;
+
 impl Dispatch {
+    /// Each row goes from where it is straight into the message. `expert_ids` and `weights` are per assignment, the latter
+    /// where one weighted row per row sent is wanted back.
+    pub fn new(
+        contents: Contents<'_>,
+        expert_ids: impl ExactSizeIterator<Item = u16>,
+        weights: Option<impl ExactSizeIterator<Item = f32>>,
+    ) -> Self {
+        let Contents { layer, plan_version, encoding, hidden, source, rows, row_ids } = contents;
+        let (assignments, weighted) = (expert_ids.len(), weights.is_some());
+        let mode = if weighted { pb::CombineMode::PartialSum } else { pb::CombineMode::PerAssignment };
+        // Outputs come back as wide as the router computes: 8 bits are for the way out only.
+        let back = if encoding == Encoding::F32 { Encoding::F32 } else { Encoding::Bf16 };
+        let kinds = [to_proto(encoding).into(), mode.into(), to_proto(back).into()];
+        let small = pb::DispatchBatch {
+            layer,
+            plan_version,
+            encoding: kinds[0],
+            rows: rows.len() as u32,
+            mode: kinds[1],
+            return_encoding: kinds[2],
+            ..Default::default()
+        };
+        let (values, scales) = (encoding.row_bytes(hidden) * rows.len(), encoding.scale_bytes(hidden) * rows.len());
+        let mut message = Message::with_capacity(SMALL_FIELDS + 10 * assignments + values + scales);
+        let body = message.body();
+        small.encode_raw(body);
+        let expert_ids = field(body, 9, expert_ids.map(u16::to_le_bytes));
+        let row_ids = field(body, 10, row_ids.iter().map(|id| id.to_le_bytes()));
+        let weights = weights.map_or(0..0, |weights| field(body, 11, weights.map(f32::to_le_bytes)));
+        let scales = room(body, 8, scales);
+        let values = room(body, 7, values);
+        let (before, at_values) = body.split_at_mut(values.start);
+        let rows_of_part = rows.iter().map(|&row| &source[row as usize * hidden..][..hidden]);
+        wire::encode_rows(rows_of_part, hidden, encoding, at_values, &mut before[scales.clone()]);
+        let fields = [expert_ids, row_ids, weights, scales, values];
+        Self { message, fields, layer, kinds, rows: rows.len(), assignments, weighted }
+    }
+
+    /// Rows sent.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Uses of an expert that are asked for.
+    pub fn assignments(&self) -> usize {
+        self.assignments
+    }
+
     /// Rows that come back.
     pub fn returned_rows(&self) -> usize {
-        if self.weights.is_some() { self.rows } else { self.expert_ids.len() }
+        if self.weighted { self.rows } else { self.assignments }
     }
 
     /// As it goes out, with `batch_id` on this stream and `left` until nobody waits any more.
-    pub(super) fn to_message(&self, batch_id: u64, left: Duration) -> pb::DispatchBatch {
-        let mode = match self.weights {
-            Some(_) => pb::CombineMode::PartialSum,
-            None => pb::CombineMode::PerAssignment,
-        };
-        // Outputs come back as wide as the router computes: 8 bits are for the way out only.
-        let back = match self.encoding {
-            Encoding::F32 => Encoding::F32,
-            Encoding::Bf16 | Encoding::Fp8Block128 => Encoding::Bf16,
-        };
-        let weights = self.weights.as_deref().unwrap_or_default();
-        let mut message = pb::DispatchBatch {
+    pub(super) fn finish(mut self, batch_id: u64, left: Duration) -> Result<Bytes, TooLong> {
+        let body = self.message.body();
+        let dispatched = integrity::Dispatched {
             batch_id,
-            layer: self.layer,
-            plan_version: self.plan_version,
-            deadline_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX),
-            encoding: to_proto(self.encoding).into(),
-            rows: self.rows as u32,
-            hidden: self.hidden.clone(),
-            scales: self.scales.clone(),
-            expert_ids: self.expert_ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
-            row_ids: self.row_ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
-            weights: weights.iter().flat_map(|weight| weight.to_le_bytes()).collect(),
-            mode: mode.into(),
-            return_encoding: to_proto(back).into(),
-            checksum: None,
+            counts: [self.layer, self.rows as u32],
+            kinds: self.kinds,
+            fields: self.fields.map(|field| &body[field]),
         };
-        message.checksum = Some(integrity::of_dispatch(&message));
-        message
+        let checksum = dispatched.checksum();
+        // Fields may come in any order.
+        let deadline_us = u64::try_from(left.as_micros()).unwrap_or(u64::MAX);
+        let last = pb::DispatchBatch { batch_id, deadline_us, checksum: Some(checksum), ..Default::default() };
+        last.encode_raw(body);
+        self.message.finish()
     }
+}
+
+/// Appends a bytes field of `items`. Says where they lie.
+fn field<const N: usize>(body: &mut BytesMut, tag: u32, items: impl ExactSizeIterator<Item = [u8; N]>) -> Range<usize> {
+    let length = items.len() * N;
+    let at = start(body, tag, length);
+    items.for_each(|item| body.put_slice(&item));
+    at
+}
+
+/// Appends a bytes field of `length` zeros, to be written over.
+fn room(body: &mut BytesMut, tag: u32, length: usize) -> Range<usize> {
+    let at = start(body, tag, length);
+    body.resize(at.end, 0);
+    at
+}
+
+fn start(body: &mut BytesMut, tag: u32, length: usize) -> Range<usize> {
+    encode_key(tag, WireType::LengthDelimited, body);
+    encode_varint(length as u64, body);
+    body.len()..body.len() + length
 }
 
 /// What became of a dispatch.
 #[derive(Clone, Debug)]
 pub enum Reply {
-    /// Computed: f32 `[returned rows, hidden]`, finite.
-    Rows(Vec<f32>),
+    /// Computed: as many rows as were asked for, of numbers only.
+    Rows(Rows),
     /// Not computed, and the worker says why.
     Refused(Refusal),
     /// The stream broke, the deadline passed, or the answer could not be believed.
@@ -109,7 +180,12 @@ impl std::fmt::Display for Refusal {
     }
 }
 
-/// An answer as it came, checked against its checksum and what was asked: `rows` of `hidden` values.
+/// An answer as it came, its length, checksum and values not looked at yet. Its rows are a slice of `bytes`.
+pub(super) fn read(bytes: Bytes) -> Result<pb::CombineBatch, String> {
+    pb::CombineBatch::decode(bytes).map_err(|error| error.to_string())
+}
+
+/// An answer checked against its checksum and what was asked: `rows` of `hidden` values.
 pub(super) fn from_message(message: pb::CombineBatch, rows: usize, hidden: usize) -> Result<Reply, String> {
     let pb::CombineBatch { batch_id, outcome, checksum, .. } = message;
     match outcome.ok_or("an answer without an outcome")? {
@@ -123,8 +199,8 @@ pub(super) fn from_message(message: pb::CombineBatch, rows: usize, hidden: usize
                 pb::Encoding::Bf16 => Encoding::Bf16,
                 other => return Err(format!("rows came back as {}", other.as_str_name())),
             };
-            let rows = wire::decode(encoding, &returned.rows, &[], rows, hidden).map_err(|error| error.to_string())?;
-            if wire::all_finite(&rows) {
+            let rows = Rows::new(encoding, returned.rows, rows, hidden).map_err(|error| error.to_string())?;
+            if rows.all_finite() {
                 Ok(Reply::Rows(rows))
             } else {
                 Err("rows came back with values that are no numbers".to_owned())
@@ -148,5 +224,58 @@ fn to_proto(encoding: Encoding) -> pb::Encoding {
         Encoding::F32 => pb::Encoding::F32,
         Encoding::Bf16 => pb::Encoding::Bf16,
         Encoding::Fp8Block128 => pb::Encoding::Fp8E4m3Block128,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Against the message that prost would have written.
+        #[test]
+        fn a_dispatch_is_read_as_what_went_in(
+            picked in prop::collection::vec(0u32..9, 1..9),
+            encoding in prop::sample::select(vec![Encoding::F32, Encoding::Bf16, Encoding::Fp8Block128]),
+            weighted: bool,
+            (layer, batch_id, left) in (0u32..70, any::<u64>(), 0u64..u64::MAX),
+        ) {
+            let hidden = 130;
+            let source: Vec<f32> = (0..9 * hidden).map(|n| (n % 97) as f32 - 48.0).collect();
+            let row_ids: Vec<u32> = (0..picked.len() as u32).rev().collect();
+            let ids: Vec<u16> = (0..picked.len() as u16).map(|id| id * 300).collect();
+            let weights: Vec<f32> = ids.iter().map(|id| f32::from(*id) / 7.0).collect();
+            let contents = Contents { layer, plan_version: 3, encoding, hidden, source: &source, rows: &picked, row_ids: &row_ids };
+            let dispatch = Dispatch::new(contents, ids.iter().copied(), weighted.then(|| weights.iter().copied()));
+            let sent = dispatch.finish(batch_id, Duration::from_micros(left)).unwrap();
+            let read = pb::DispatchBatch::decode(sent.slice(conclave_runtime::stream::HEADER..)).unwrap();
+
+            let gathered: Vec<f32> =
+                picked.iter().flat_map(|&row| source[row as usize * hidden..][..hidden].to_vec()).collect();
+            let (values, scales) = wire::encode(&gathered, hidden, encoding);
+            let mode = if weighted { pb::CombineMode::PartialSum } else { pb::CombineMode::PerAssignment };
+            let back = if encoding == Encoding::F32 { Encoding::F32 } else { Encoding::Bf16 };
+            let weights = if weighted { weights } else { Vec::new() };
+            let mut expected = pb::DispatchBatch {
+                batch_id,
+                layer,
+                plan_version: 3,
+                deadline_us: left,
+                encoding: to_proto(encoding).into(),
+                rows: picked.len() as u32,
+                hidden: values,
+                scales,
+                expert_ids: ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
+                row_ids: row_ids.iter().flat_map(|id| id.to_le_bytes()).collect(),
+                weights: weights.iter().flat_map(|weight| weight.to_le_bytes()).collect(),
+                mode: mode.into(),
+                return_encoding: to_proto(back).into(),
+                checksum: None,
+            };
+            expected.checksum = Some(integrity::of_dispatch(&expected));
+            prop_assert_eq!(read, expected);
+        }
     }
 }

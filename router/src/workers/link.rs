@@ -6,6 +6,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
@@ -13,29 +14,28 @@ use std::{
     time::Duration,
 };
 
+use bytes::Bytes;
 use conclave_placement::{
     ids::{Incarnation, WorkerId},
-    state::WorkerRecord,
+    state::{LocalSocket, WorkerRecord},
 };
-use conclave_proto::expert::{
-    INCARNATION_METADATA,
-    v1::{self as pb, expert_worker_client::ExpertWorkerClient},
+use conclave_proto::expert::{EXCHANGE_PATH, INCARNATION_METADATA};
+use conclave_runtime::{
+    channel, listen,
+    socket::Socket,
+    stream::{self, Inbox, Outbox},
+    wire_thread::WireThread,
 };
-use conclave_runtime::channel;
 use parking_lot::Mutex;
 use tokio::{
     sync::{mpsc, oneshot},
     time::{Instant, timeout},
 };
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::{Request, Streaming, transport::Endpoint};
 use tracing::{debug, warn};
 
 use super::{Counters, Pace, codec, probe};
 
-/// Messages between the engine and the socket.
-const SEND_QUEUE: usize = 64;
 /// How long a worker is avoided after a late answer: doubles from the first to the second with each one in a row.
 const TARDY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
 /// Batches that one worker may owe an answer for.
@@ -56,6 +56,9 @@ pub struct Link(Arc<Shared>);
 struct Shared {
     worker: WorkerId,
     incarnation: Incarnation,
+    address: String,
+    /// The Unix socket that it told of, where it runs on this very host.
+    local: Option<String>,
     hidden: usize,
     next_batch: AtomicU64,
     stream: Mutex<Stream>,
@@ -70,7 +73,7 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Stream {
     /// `None` while there is no connection.
-    out: Option<mpsc::Sender<pb::DispatchBatch>>,
+    out: Option<Outbox>,
     waiting: HashMap<u64, Waiting>,
     /// Ends the connection of the moment: a batch was not answered in time.
     cut: CancellationToken,
@@ -136,18 +139,21 @@ impl Drop for Forget<'_> {
 }
 
 impl Link {
-    /// Starts connecting to `worker`. Each change of state sends one event.
+    /// Starts connecting to `worker`, on `wire`. Each change of state sends one event.
     pub(super) fn open(
         worker: &WorkerRecord,
         hidden: usize,
         (counters, pace): (Arc<Counters>, Arc<Pace>),
+        wire: &WireThread,
         events: mpsc::Sender<()>,
         stop: CancellationToken,
-    ) -> Result<Self, channel::Error> {
-        let endpoint = channel::internal(&worker.address)?;
+    ) -> Self {
+        let here = |local: &&LocalSocket| listen::boot_id().is_some_and(|boot_id| boot_id == local.boot_id);
         let link = Self(Arc::new(Shared {
             worker: worker.id.clone(),
             incarnation: worker.incarnation,
+            address: worker.address.clone(),
+            local: worker.local.as_ref().filter(here).map(|local| local.name.clone()),
             hidden,
             next_batch: AtomicU64::new(1),
             stream: Mutex::default(),
@@ -156,8 +162,8 @@ impl Link {
             pace,
             stop,
         }));
-        tokio::spawn(link.clone().keep_connected(endpoint, events));
-        Ok(link)
+        wire.spawn(link.clone().keep_connected(events));
+        link
     }
 
     /// Ends it for good.
@@ -190,14 +196,14 @@ impl Link {
     /// more, for the worker's information; the caller drops this future then.
     pub async fn call(
         &self,
-        dispatch: &codec::Dispatch,
+        dispatch: codec::Dispatch,
         late_at: Option<Instant>,
         patience: Duration,
         deadline: Instant,
     ) -> codec::Reply {
         let counters = &self.0.counters;
         counters.batches.fetch_add(1, Relaxed);
-        counters.rows.fetch_add(dispatch.rows as u64, Relaxed);
+        counters.rows.fetch_add(dispatch.rows() as u64, Relaxed);
         let batch_id = self.0.next_batch.fetch_add(1, Relaxed);
         let (answer, answered) = oneshot::channel();
         let (out, cut) = {
@@ -206,7 +212,7 @@ impl Link {
             if stream.waiting.len() >= UNANSWERED_MAX {
                 return self.lost("it owes too many answers");
             }
-            let (rows, assignments, sent) = (dispatch.returned_rows(), dispatch.expert_ids.len(), Instant::now());
+            let (rows, assignments, sent) = (dispatch.returned_rows(), dispatch.assignments(), Instant::now());
             let waiting = Waiting { rows, assignments, sent, late_at, answer: Some(answer) };
             stream.waiting.insert(batch_id, waiting);
             (out, stream.cut.clone())
@@ -214,7 +220,10 @@ impl Link {
         let mut forget = Forget { link: self, batch_id, sent: false };
         // A worker that cannot be in time says so itself, a little before it would be taken for dead.
         let left = deadline.saturating_duration_since(Instant::now()).min(patience.mul_f64(0.8));
-        let message = dispatch.to_message(batch_id, left);
+        let message = match dispatch.finish(batch_id, left) {
+            Ok(message) => message,
+            Err(error) => return self.lost(&error.to_string()),
+        };
         let exchange = async {
             if out.send(message).await.is_err() {
                 return self.lost("the connection broke");
@@ -241,12 +250,12 @@ impl Link {
         codec::Reply::Lost(format!("worker {}: {why}", self.0.worker))
     }
 
-    async fn keep_connected(self, endpoint: Endpoint, events: mpsc::Sender<()>) {
+    async fn keep_connected(self, events: mpsc::Sender<()>) {
         let stop = self.0.stop.clone();
         let (mut backoff, mut quarantine, mut distrusted) = (BACKOFF.0, QUARANTINE.0, false);
         while !stop.is_cancelled() {
             let opened = tokio::select! {
-                opened = self.connect(&endpoint, distrusted) => opened,
+                opened = self.connect(distrusted) => opened,
                 () = stop.cancelled() => break,
             };
             let pause = match opened {
@@ -283,23 +292,30 @@ impl Link {
         self.down();
     }
 
-    /// Opens a stream. One to a worker that is distrusted is there only once it has answered a probe.
-    async fn connect(
+    /// Opens a stream: over the worker's Unix socket where it has one on this host, and over TCP where that does not work
+    /// for whatever reason. The socket may be in another network namespace, or somebody else's by now.
+    async fn connect(&self, distrusted: bool) -> Result<(Outbox, Inbox), String> {
+        if let Some(local) = &self.0.local {
+            match self.connect_by(channel::local(local), distrusted).await {
+                Ok(opened) => return Ok(opened),
+                Err(why) => debug!(worker = %self.0.worker, %why, "its Unix socket was not reached"),
+            }
+        }
+        self.connect_by(channel::tcp(&self.0.address), distrusted).await
+    }
+
+    /// A stream to a worker that is distrusted is there only once it has answered a probe.
+    async fn connect_by(
         &self,
-        endpoint: &Endpoint,
+        socket: impl Future<Output = io::Result<Socket>>,
         distrusted: bool,
-    ) -> Result<(mpsc::Sender<pb::DispatchBatch>, Streaming<pb::CombineBatch>), String> {
+    ) -> Result<(Outbox, Inbox), String> {
         let open = async {
-            let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
-            let mut client = ExpertWorkerClient::new(channel)
-                .max_decoding_message_size(channel::MAX_INTERNAL_MESSAGE)
-                .max_encoding_message_size(channel::MAX_INTERNAL_MESSAGE);
-            let (out, messages) = mpsc::channel(SEND_QUEUE);
-            let mut request = Request::new(ReceiverStream::new(messages));
+            let socket = socket.await.map_err(|error| error.to_string())?;
             // Its address may be another worker's by now, with other weights: that one will refuse.
-            request.metadata_mut().insert(INCARNATION_METADATA, self.0.incarnation.get().into());
-            let response = client.exchange(request).await;
-            let mut inbound = response.map_err(|status| status.to_string())?.into_inner();
+            let metadata = [(INCARNATION_METADATA, self.0.incarnation.get().to_string())];
+            let opened = stream::open(socket, &self.0.address, EXCHANGE_PATH, &metadata).await;
+            let (out, mut inbound) = opened.map_err(|status| status.to_string())?;
             let canary = *self.0.canary.lock();
             if let Some(canary) = canary.filter(|_| distrusted) {
                 probe::ask(canary, self.0.hidden, &out, &mut inbound).await?;
@@ -309,7 +325,7 @@ impl Link {
         timeout(OPEN_TIMEOUT * 2, open).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))
     }
 
-    fn up(&self, out: mpsc::Sender<pb::DispatchBatch>) -> CancellationToken {
+    fn up(&self, out: Outbox) -> CancellationToken {
         let cut = CancellationToken::new();
         *self.0.stream.lock() = Stream { out: Some(out), cut: cut.clone(), ..Stream::default() };
         cut
@@ -321,10 +337,10 @@ impl Link {
     }
 
     /// Gives answers to those who wait, until the stream ends.
-    async fn receive(&self, mut inbound: Streaming<pb::CombineBatch>, cut: &CancellationToken) -> Ending {
+    async fn receive(&self, mut inbound: Inbox, cut: &CancellationToken) -> Ending {
         loop {
             let message = tokio::select! {
-                message = inbound.message() => message,
+                message = inbound.next() => message,
                 () = cut.cancelled() => return Ending::Unreliable("a batch was not answered in time".to_owned()),
                 () = self.0.stop.cancelled() => return Ending::Broken("the worker left".to_owned()),
             };
@@ -341,7 +357,8 @@ impl Link {
         }
     }
 
-    fn answer(&self, message: pb::CombineBatch) -> Result<(), String> {
+    fn answer(&self, message: Bytes) -> Result<(), String> {
+        let message = codec::read(message)?;
         let waiting = self.0.stream.lock().waiting.remove(&message.batch_id);
         let Some(waiting) = waiting else {
             self.0.counters.late.fetch_add(1, Relaxed);

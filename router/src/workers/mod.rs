@@ -23,11 +23,12 @@ use conclave_placement::{
     ids::{Incarnation, WorkerId},
     state::{ClusterState, WorkerRecord, WorkerState},
 };
+use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-pub use codec::{Dispatch, Refusal, Reply};
+pub use codec::{Contents, Dispatch, Refusal, Reply};
 pub use link::Link;
 pub use pace::Pace;
 pub use snapshot::{Holders, Reach, Snapshot};
@@ -74,16 +75,24 @@ pub struct Workers {
     snapshots: watch::Receiver<Arc<Snapshot>>,
     counters: Arc<Counters>,
     pace: Arc<Pace>,
+    _wire: Arc<WireThread>,
 }
 
 impl Workers {
-    /// Follows `cluster` until `stop`: one link to each serving worker, a new snapshot at every change.
-    pub fn start(cluster: watch::Receiver<Arc<ClusterState>>, hidden: usize, stop: CancellationToken) -> Self {
+    /// Follows `cluster` until `stop`: one link to each serving worker, a new snapshot at every change. The links have a
+    /// thread of their own, which ends with the last handle.
+    pub fn start(
+        cluster: watch::Receiver<Arc<ClusterState>>,
+        hidden: usize,
+        stop: CancellationToken,
+    ) -> std::io::Result<Self> {
+        let wire = Arc::new(WireThread::start("wire")?);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::empty()));
         let (counters, pace) = (Arc::new(Counters::default()), Arc::new(Pace::default()));
-        let pool = Pool { known: BTreeMap::new(), publish, counters: counters.clone(), pace: pace.clone(), hidden };
+        let known = BTreeMap::new();
+        let pool = Pool { known, publish, counters: counters.clone(), pace: pace.clone(), wire: wire.clone(), hidden };
         tokio::spawn(pool.run(cluster, stop));
-        Self { snapshots, counters, pace }
+        Ok(Self { snapshots, counters, pace, _wire: wire })
     }
 
     /// The newest picture.
@@ -113,6 +122,7 @@ struct Pool {
     publish: watch::Sender<Arc<Snapshot>>,
     counters: Arc<Counters>,
     pace: Arc<Pace>,
+    wire: Arc<WireThread>,
     hidden: usize,
 }
 
@@ -165,14 +175,10 @@ impl Pool {
             let key = (worker.id.clone(), worker.incarnation);
             if !self.known.contains_key(&key) {
                 let shared = (self.counters.clone(), self.pace.clone());
-                match Link::open(worker, self.hidden, shared, events.clone(), stop.child_token()) {
-                    Ok(link) => {
-                        info!(worker = %worker.id, address = %worker.address, "expert worker joined");
-                        link.remember(canary(worker));
-                        self.known.insert(key.clone(), Known { record: worker.clone(), link, listed: true });
-                    }
-                    Err(error) => warn!(worker = %worker.id, %error, "expert worker cannot be reached"),
-                }
+                let link = Link::open(worker, self.hidden, shared, &self.wire, events.clone(), stop.child_token());
+                info!(worker = %worker.id, address = %worker.address, "expert worker joined");
+                link.remember(canary(worker));
+                self.known.insert(key.clone(), Known { record: worker.clone(), link, listed: true });
             }
             if let Some(known) = self.known.get_mut(&key).filter(|known| known.record != *worker) {
                 known.record.clone_from(worker);
@@ -187,3 +193,6 @@ fn canary(worker: &WorkerRecord) -> Option<probe::Canary> {
     let first = worker.resident.iter().next();
     first.map(|(layer, expert)| probe::Canary { layer: layer.0, expert: expert.0 })
 }
+
+#[cfg(test)]
+mod tests;

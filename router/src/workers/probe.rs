@@ -5,12 +5,11 @@
 
 use std::time::Duration;
 
-use conclave_model::wire::{self, Encoding};
-use conclave_proto::expert::v1 as pb;
-use tokio::{sync::mpsc, time::timeout};
-use tonic::Streaming;
+use conclave_model::wire::Encoding;
+use conclave_runtime::stream::{Inbox, Outbox};
+use tokio::time::timeout;
 
-use super::codec::{self, Dispatch, Refusal, Reply};
+use super::codec::{self, Contents, Dispatch, Refusal, Reply};
 
 /// An expert to ask about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,35 +24,29 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const BATCH_ID: u64 = 0;
 
 /// Asks, and says what is wrong with the answer. An honest refusal is an answer to be believed.
-pub(super) async fn ask(
-    canary: Canary,
-    hidden: usize,
-    out: &mpsc::Sender<pb::DispatchBatch>,
-    inbound: &mut Streaming<pb::CombineBatch>,
-) -> Result<(), String> {
-    let (values, scales) = wire::encode(&vec![0.0; hidden], hidden, Encoding::F32);
-    let dispatch = Dispatch {
+pub(super) async fn ask(canary: Canary, hidden: usize, out: &Outbox, inbound: &mut Inbox) -> Result<(), String> {
+    let contents = Contents {
         layer: canary.layer,
         plan_version: 0,
         encoding: Encoding::F32,
-        rows: 1,
-        hidden: values,
-        scales,
-        expert_ids: vec![canary.expert],
-        row_ids: vec![0],
-        weights: None,
+        hidden,
+        source: &vec![0.0; hidden],
+        rows: &[0],
+        row_ids: &[0],
     };
+    let dispatch = Dispatch::new(contents, [canary.expert].into_iter(), None::<std::iter::Empty<f32>>);
+    let message = dispatch.finish(BATCH_ID, PATIENCE).map_err(|error| error.to_string())?;
     let exchange = async {
-        out.send(dispatch.to_message(BATCH_ID, PATIENCE)).await.map_err(|_| "the connection broke".to_owned())?;
-        let message = inbound.message().await.map_err(|status| status.to_string())?;
-        message.ok_or_else(|| "the worker closed the stream".to_owned())
+        out.send(message).await.map_err(|error| error.to_string())?;
+        let message = inbound.next().await.map_err(|status| status.to_string())?;
+        codec::read(message.ok_or("the worker closed the stream")?)
     };
     let message = timeout(PATIENCE, exchange).await.unwrap_or_else(|_| Err("no answer to a probe".to_owned()))?;
     if message.batch_id != BATCH_ID {
         return Err("an answer to what was not asked".to_owned());
     }
     match codec::from_message(message, 1, hidden)? {
-        Reply::Rows(rows) if rows.iter().all(|value| *value == 0.0) => Ok(()),
+        Reply::Rows(rows) if rows.are_zero() => Ok(()),
         Reply::Rows(_) => Err("a row of zeros came back as something else".to_owned()),
         Reply::Refused(Refusal::Invalid(message)) => Err(message),
         Reply::Refused(_) => Ok(()),

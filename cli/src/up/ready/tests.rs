@@ -48,6 +48,7 @@ pub(crate) fn state(workers: usize, holders: &[&[usize]]) -> ClusterState {
             id: id.clone(),
             incarnation: Incarnation::fresh(),
             address: format!("127.0.0.1:{}", 9000 + index),
+            local: None,
             device: "cpu".to_owned(),
             memory_budget: 0,
             speed: 0.0,

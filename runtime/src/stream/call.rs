@@ -1,0 +1,255 @@
+//! The caller's end of a stream: a connected socket comes in, an [`Outbox`] and an [`Inbox`] go out. The connection carries
+//! this one stream and ends with it. Nothing is connected again here.
+//!
+//! Whoever sends also writes: the message is handed to HTTP/2 and the socket on the sender's own thread, because waking
+//! another one to do it takes longer than to write a few rows. What the socket does not take at once, and all that
+//! arrives, is the business of the connection's task, on the runtime that opened it. The two never wait for each other:
+//! a sender that finds the connection in use leaves its message in the queue and rouses the task.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+
+use bytes::Bytes;
+use futures::task::AtomicWaker;
+use h2::client::Connection;
+use h2::{Ping, PingPong, RecvStream, SendStream};
+use http::{HeaderMap, Request, Response, StatusCode};
+use parking_lot::Mutex;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{sleep, timeout};
+use tokio_util::task::AbortOnDropHandle;
+use tonic::Status;
+
+use super::assembly::Assembly;
+use crate::server::{
+    INTERNAL_CONNECTION_WINDOW, INTERNAL_FRAME, INTERNAL_KEEP_ALIVE, INTERNAL_KEEP_ALIVE_TIMEOUT,
+    INTERNAL_STREAM_WINDOW, MAX_INTERNAL_MESSAGE,
+};
+use crate::socket::Socket;
+
+/// What may wait for the socket, KiB: two of the largest messages.
+const QUEUE_KIB: usize = 2 * MAX_INTERNAL_MESSAGE / 1024;
+/// Of it, what HTTP/2 may hold, bytes.
+const SEND_BUFFER: usize = 8 << 20;
+
+/// The connection has ended.
+#[derive(Debug, thiserror::Error)]
+#[error("the connection has ended")]
+pub struct Closed;
+
+/// Where messages are sent.
+#[derive(Clone, Debug)]
+pub struct Outbox(Arc<Shared>);
+
+/// Where messages arrive. Dropping it ends the connection.
+#[derive(Debug)]
+pub struct Inbox {
+    shared: Arc<Shared>,
+    stream: RecvStream,
+    assembly: Assembly,
+    _task: AbortOnDropHandle<()>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: Mutex<VecDeque<Queued>>,
+    room: Arc<Semaphore>,
+    /// `None` once it has ended.
+    line: Mutex<Option<Line>>,
+    task: AtomicWaker,
+}
+
+#[derive(Debug)]
+struct Queued {
+    rest: Bytes,
+    _room: OwnedSemaphorePermit,
+}
+
+/// The connection and the way into it.
+#[derive(Debug)]
+struct Line {
+    connection: Connection<Socket, Bytes>,
+    stream: SendStream<Bytes>,
+    /// Of the connection's task, whoever polls.
+    waker: Waker,
+}
+
+/// Opens a stream to `path` over `socket`, on the runtime of the moment, and waits until the other end has accepted it.
+pub async fn open(
+    socket: Socket,
+    authority: &str,
+    path: &str,
+    metadata: &[(&'static str, String)],
+) -> Result<(Outbox, Inbox), Status> {
+    let mut builder = h2::client::Builder::new();
+    builder
+        .enable_push(false)
+        .initial_window_size(INTERNAL_STREAM_WINDOW)
+        .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
+        .max_frame_size(INTERNAL_FRAME)
+        .max_send_buffer_size(SEND_BUFFER);
+    let (requests, mut connection) = builder.handshake::<_, Bytes>(socket).await.map_err(broken)?;
+    let pings = connection.ping_pong();
+    let mut request = Request::post(format!("http://{authority}{path}"))
+        .header(http::header::CONTENT_TYPE, "application/grpc")
+        .header(http::header::TE, "trailers");
+    for (name, value) in metadata {
+        request = request.header(*name, value);
+    }
+    let request = request.body(()).map_err(|error| Status::internal(error.to_string()))?;
+    let mut requests = requests.ready().await.map_err(broken)?;
+    let (response, stream) = requests.send_request(request, false).map_err(broken)?;
+    let line = Line { connection, stream, waker: Waker::noop().clone() };
+    let shared = Arc::new(Shared {
+        queue: Mutex::default(),
+        room: Arc::new(Semaphore::new(QUEUE_KIB)),
+        line: Mutex::new(Some(line)),
+        task: AtomicWaker::new(),
+    });
+    let task = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&shared).run(pings)));
+    let (parts, stream) = response.await.map_err(broken)?.into_parts();
+    accepted(&Response::from_parts(parts, ()))?;
+    let inbox = Inbox { shared: Arc::clone(&shared), stream, assembly: Assembly::default(), _task: task };
+    Ok((Outbox(shared), inbox))
+}
+
+fn broken(error: h2::Error) -> Status {
+    Status::unavailable(error.to_string())
+}
+
+fn accepted(response: &Response<()>) -> Result<(), Status> {
+    if response.status() != StatusCode::OK {
+        return Err(Status::unavailable(format!("answered with HTTP status {}", response.status())));
+    }
+    match Status::from_header_map(response.headers()) {
+        Some(status) if status.code() != tonic::Code::Ok => Err(status),
+        _ => Ok(()),
+    }
+}
+
+impl Outbox {
+    /// Sends a message, header and all; waits only while too much waits already. Sent once this returns, as far as
+    /// anybody on this side can tell.
+    pub async fn send(&self, message: Bytes) -> Result<(), Closed> {
+        let kib = (message.len() / 1024).clamp(1, QUEUE_KIB) as u32;
+        let room = Arc::clone(&self.0.room).acquire_many_owned(kib).await.map_err(|_| Closed)?;
+        self.0.queue.lock().push_back(Queued { rest: message, _room: room });
+        match self.0.line.try_lock() {
+            // Whether it has ended is for the task to find.
+            Some(mut line) => drop(line.as_mut().map(|line| line.turn(&self.0.queue))),
+            None => self.0.task.wake(),
+        }
+        Ok(())
+    }
+}
+
+impl Shared {
+    /// The connection's task, until it ends.
+    async fn run(self: Arc<Self>, pings: Option<PingPong>) {
+        tokio::select! {
+            () = poll_fn(|cx| self.poll(cx)) => {}
+            () = silence(pings) => {}
+        }
+        self.close();
+    }
+
+    fn poll(&self, cx: &Context<'_>) -> Poll<()> {
+        self.task.register(cx.waker());
+        let mut line = self.line.lock();
+        let Some(line) = line.as_mut() else { return Poll::Ready(()) };
+        line.waker.clone_from(cx.waker());
+        line.turn(&self.queue)
+    }
+
+    fn close(&self) {
+        self.room.close();
+        *self.line.lock() = None;
+        self.queue.lock().clear();
+    }
+}
+
+/// Ends when the other end no longer answers. Keep-alives run while idle too.
+async fn silence(pings: Option<PingPong>) {
+    let Some(mut pings) = pings else { return std::future::pending().await };
+    loop {
+        sleep(INTERNAL_KEEP_ALIVE).await;
+        match timeout(INTERNAL_KEEP_ALIVE_TIMEOUT, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
+
+impl Line {
+    /// Moves what can be moved, both ways. Ready once the connection has ended; then it is the task's turn, which is
+    /// roused if this is not it.
+    fn turn(&mut self, queue: &Mutex<VecDeque<Queued>>) -> Poll<()> {
+        let waker = self.waker.clone();
+        let mut cx = Context::from_waker(&waker);
+        let filled = self.fill(queue, &mut cx);
+        let ended = Pin::new(&mut self.connection).poll(&mut cx).is_ready();
+        if filled.is_err() || ended {
+            waker.wake();
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+
+    /// Hands queued messages to HTTP/2, as much as the other end's window and the send buffer take.
+    fn fill(&mut self, queue: &Mutex<VecDeque<Queued>>, cx: &mut Context<'_>) -> Result<(), Closed> {
+        let mut queue = queue.lock();
+        while let Some(first) = queue.front_mut() {
+            self.stream.reserve_capacity(first.rest.len());
+            let room = self.stream.capacity().min(first.rest.len());
+            if room == 0 && !first.rest.is_empty() {
+                match self.stream.poll_capacity(cx) {
+                    Poll::Ready(Some(Ok(_))) => continue,
+                    Poll::Ready(_) => return Err(Closed),
+                    Poll::Pending => return Ok(()),
+                }
+            }
+            self.stream.send_data(first.rest.split_to(room), false).map_err(|_| Closed)?;
+            if first.rest.is_empty() {
+                queue.pop_front();
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Inbox {
+    /// The next message; `None` where the other end has ended the stream in order. May be dropped half-way.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        loop {
+            if let Some(message) = self.assembly.next()? {
+                return Ok(Some(message));
+            }
+            match poll_fn(|cx| self.stream.poll_data(cx)).await {
+                Some(Ok(frame)) => {
+                    self.stream.flow_control().release_capacity(frame.len()).map_err(broken)?;
+                    self.assembly.push(frame);
+                }
+                Some(Err(error)) => return Err(broken(error)),
+                None if !self.assembly.is_empty() => return Err(Status::unavailable("ended within a message")),
+                None => return self.ended().await,
+            }
+        }
+    }
+
+    async fn ended(&mut self) -> Result<Option<Bytes>, Status> {
+        let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(broken)?;
+        match Status::from_header_map(&trailers.unwrap_or_else(HeaderMap::new)) {
+            Some(status) if status.code() != tonic::Code::Ok => Err(status),
+            _ => Ok(None),
+        }
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        self.shared.close();
+    }
+}

@@ -1,0 +1,142 @@
+//! Both ends together over real sockets, against a peer that answers, refuses, ends or does not read.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use tokio::sync::mpsc;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tonic::Status;
+use tonic_health::server::health_reporter;
+
+use super::{Front, HEADER, Handler, Inbound, Message, open};
+use crate::server::MAX_INTERNAL_MESSAGE;
+use crate::socket::Socket;
+use crate::{channel, listen, server};
+
+/// Answers each message with itself, as the metadata `act` says.
+#[derive(Clone)]
+struct Peer;
+
+impl Handler for Peer {
+    const PATH: &'static str = "/grpc.health.v1.Health/Test";
+
+    fn accept(&self, metadata: &HeaderMap, mut messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+        let act = metadata.get("act").and_then(|act| act.to_str().ok()).unwrap_or_default().to_owned();
+        if act == "refuse" {
+            return Err(Status::failed_precondition("not you"));
+        }
+        let (answers, stream) = mpsc::channel(2);
+        tokio::spawn(async move {
+            if act == "sleep" {
+                answers.closed().await;
+            }
+            while let Ok(Some(message)) = messages.next().await {
+                if act == "end" || answers.send(framed(&message)).await.is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(stream)
+    }
+}
+
+fn framed(body: &[u8]) -> Bytes {
+    let mut message = Message::with_capacity(body.len());
+    message.body().extend_from_slice(body);
+    message.finish().unwrap()
+}
+
+/// A server with both kinds of socket.
+async fn peer(name: &str) -> (String, String, DropGuard) {
+    let name = format!("conclave-test/{name}/{}", std::process::id());
+    let mut listener = listen::bind("127.0.0.1:0").unwrap();
+    listener.also_at(&name).unwrap();
+    let address = listener.local_addr.to_string();
+    let (_, health) = health_reporter();
+    let routes = server::internal().add_service(Front { handler: Peer, rest: health });
+    let stop = CancellationToken::new();
+    tokio::spawn(server::serve(routes, listener, stop.clone(), Duration::ZERO));
+    (address, name, stop.drop_guard())
+}
+
+async fn opened(socket: Socket, act: &str) -> Result<(super::Outbox, super::Inbox), Status> {
+    open(socket, "peer", Peer::PATH, &[("act", act.to_owned())]).await
+}
+
+fn body(number: usize, length: usize) -> Vec<u8> {
+    (0..length).map(|at| (at * 31 + number) as u8).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_of_all_sizes_come_back_in_order_over_both_sockets() {
+    let (address, name, _stop) = peer("sizes").await;
+    for socket in [channel::tcp(&address).await.unwrap(), channel::local(&name).await.unwrap()] {
+        let (outbox, mut inbox) = opened(socket, "").await.unwrap();
+        // Beyond one frame, beyond the send buffer, and the largest there is.
+        let sizes = [0, 1, 4091, 300_000, 5 << 20, 20 << 20, MAX_INTERNAL_MESSAGE, 7];
+        let sending = tokio::spawn(async move {
+            for (number, size) in sizes.into_iter().enumerate() {
+                outbox.send(framed(&body(number, size))).await.unwrap();
+            }
+            outbox
+        });
+        for (number, size) in sizes.into_iter().enumerate() {
+            assert!(inbox.next().await.unwrap().unwrap() == body(number, size), "message {number} of {size} bytes");
+        }
+        drop(sending.await.unwrap());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn many_senders_share_a_stream_and_no_message_is_torn() {
+    let (address, _, _stop) = peer("senders").await;
+    let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
+    for sender in 0..8u8 {
+        let outbox = outbox.clone();
+        tokio::spawn(async move {
+            for _ in 0..50 {
+                outbox.send(framed(&vec![sender; 40_000 + usize::from(sender)])).await.unwrap();
+            }
+        });
+    }
+    let mut counts = [0; 8];
+    for _ in 0..8 * 50 {
+        let message = inbox.next().await.unwrap().unwrap();
+        let sender = message[0];
+        assert!(message.len() == 40_000 + usize::from(sender) && message.iter().all(|byte| *byte == sender));
+        counts[usize::from(sender)] += 1;
+    }
+    assert_eq!(counts, [50; 8]);
+}
+
+#[tokio::test]
+async fn a_refusal_says_why_and_an_end_is_an_end() {
+    let (address, name, _stop) = peer("refusal").await;
+    let refusal = opened(channel::tcp(&address).await.unwrap(), "refuse").await.map(|_| ()).unwrap_err();
+    assert_eq!((refusal.code(), refusal.message()), (tonic::Code::FailedPrecondition, "not you"));
+
+    let (outbox, mut inbox) = opened(channel::local(&name).await.unwrap(), "end").await.unwrap();
+    outbox.send(framed(b"last words")).await.unwrap();
+    assert_eq!(inbox.next().await.unwrap(), None);
+    drop(inbox);
+    outbox.send(framed(b"too late")).await.unwrap_err();
+    channel::local("conclave-test/nobody").await.map(|_| ()).unwrap_err();
+}
+
+#[tokio::test]
+async fn who_is_not_read_waits_and_is_told_of_the_end() {
+    let (address, _, _stop) = peer("backpressure").await;
+    let (outbox, inbox) = opened(channel::tcp(&address).await.unwrap(), "sleep").await.unwrap();
+    let large = framed(&vec![0; MAX_INTERNAL_MESSAGE - HEADER]);
+    let sending = tokio::spawn(async move {
+        for _ in 0..8 {
+            outbox.send(large.clone()).await?;
+        }
+        Ok::<_, super::Closed>(())
+    });
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert!(!sending.is_finished(), "what waits is bounded");
+    drop(inbox);
+    sending.await.unwrap().unwrap_err();
+}

@@ -186,7 +186,7 @@ async fn wait_for(ready_file: &Path, child: &mut Child) -> anyhow::Result<Value>
 }
 
 /// The workspace's programs are built into one folder.
-fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
     let path = std::env::current_exe()?.with_file_name(name);
     ensure!(path.exists(), "{} is not built: cargo build --workspace --bins", path.display());
     Ok(path)

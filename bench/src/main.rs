@@ -5,6 +5,9 @@
 mod dispatch;
 mod echo;
 
+mod bandwidth;
+mod expert;
+
 mod cluster;
 mod decode;
 mod peer;
@@ -15,6 +18,12 @@ mod overload;
 
 mod checkpoint;
 mod context;
+
+mod memory;
+mod start;
+
+mod ceiling;
+mod fakes;
 
 mod machine;
 mod results;
@@ -47,6 +56,8 @@ struct Cli {
 enum What {
     /// One dispatch–combine round trip against a raw TCP echo of the same bytes.
     Dispatch,
+    /// One expert by rows, bf16 and FP8, against memory bandwidth and libtorch.
+    Expert,
     /// Decode tokens/s of a local cluster and of transformers on one checkpoint.
     Decode(ModelArgs),
     /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
@@ -55,11 +66,18 @@ enum What {
     Overload(ModelArgs),
     /// Time to the first token, time per token and the router's memory, by length of the context.
     Context(ModelArgs),
+    /// From a worker's start to its first answer, and the memory of workers.
+    Start(ModelArgs),
+    /// Rows a second that one router can send and have back, by workers.
+    Ceiling,
     /// All of these.
     All(ModelArgs),
     /// The far side of `dispatch`, in a process of its own.
     #[command(hide = true)]
     Echo,
+    /// The workers of `ceiling`, in a process of their own.
+    #[command(hide = true)]
+    Fakes { count: usize },
 }
 
 #[derive(Debug, Args)]
@@ -73,13 +91,25 @@ struct ModelArgs {
 #[derive(Debug, Clone, Copy)]
 enum Mode {
     Dispatch,
+    Expert,
     Decode,
     Serve,
     Overload,
     Context,
+    Start,
+    Ceiling,
 }
 
-const ALL: [Mode; 5] = [Mode::Dispatch, Mode::Decode, Mode::Serve, Mode::Overload, Mode::Context];
+const ALL: [Mode; 8] = [
+    Mode::Dispatch,
+    Mode::Expert,
+    Mode::Decode,
+    Mode::Serve,
+    Mode::Overload,
+    Mode::Context,
+    Mode::Start,
+    Mode::Ceiling,
+];
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -87,7 +117,11 @@ async fn main() -> anyhow::Result<()> {
     let machine = Machine::now();
     let sections = match &cli.what {
         What::Echo => return echo::serve().await,
+        What::Fakes { count } => return fakes::serve(*count).await,
         What::Dispatch => vec![Mode::Dispatch.measure(Path::new("")).await?],
+        What::Expert => vec![Mode::Expert.measure(Path::new("")).await?],
+        What::Ceiling => vec![Mode::Ceiling.measure(Path::new("")).await?],
+        What::Start(args) => vec![Mode::Start.measure(&args.model).await?],
         What::Decode(args) => vec![Mode::Decode.measure(&args.model).await?],
         What::Serve(args) => vec![Mode::Serve.measure(&args.model).await?],
         What::Overload(args) => vec![Mode::Overload.measure(&args.model).await?],
@@ -116,6 +150,18 @@ impl Mode {
                 let report = dispatch::measure().await?;
                 self.section(&report, report.to_json())
             }
+            Self::Expert => {
+                let report = expert::measure().await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Start => {
+                let report = start::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Ceiling => {
+                let report = ceiling::measure().await?;
+                self.section(&report, report.to_json())
+            }
             Self::Decode => {
                 let report = decode::measure(model).await?;
                 self.section(&report, report.to_json())
@@ -139,6 +185,9 @@ impl Mode {
     fn names(self) -> (&'static str, &'static str) {
         match self {
             Self::Dispatch => ("dispatch", "Dispatch and combine against raw TCP"),
+            Self::Expert => ("expert", "One expert against memory bandwidth and libtorch"),
+            Self::Start => ("start", "Start and memory of workers"),
+            Self::Ceiling => ("ceiling", "The ceiling of one router"),
             Self::Decode => ("decode", "Decode against transformers"),
             Self::Serve => ("serve", "Batching and the prefix cache"),
             Self::Overload => ("overload", "Goodput under overload"),

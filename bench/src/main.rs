@@ -58,7 +58,7 @@ enum What {
     Dispatch,
     /// One expert by rows, bf16 and FP8, against memory bandwidth and libtorch.
     Expert,
-    /// Decode tokens/s of a local cluster and of transformers on one checkpoint.
+    /// Decode and prefill of a local cluster, of llama.cpp and of transformers, on the same checkpoints.
     Decode(ModelArgs),
     /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
     Serve(ModelArgs),
@@ -188,7 +188,7 @@ impl Mode {
             Self::Expert => ("expert", "One expert against memory bandwidth and libtorch"),
             Self::Start => ("start", "Start and memory of workers"),
             Self::Ceiling => ("ceiling", "The ceiling of one router"),
-            Self::Decode => ("decode", "Decode against transformers"),
+            Self::Decode => ("decode", "A whole cluster against llama.cpp and transformers"),
             Self::Serve => ("serve", "Batching and the prefix cache"),
             Self::Overload => ("overload", "Goodput under overload"),
             Self::Context => ("context", "By length of the context"),

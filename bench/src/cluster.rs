@@ -1,6 +1,7 @@
 //! A local cluster as a user starts it: `conclave up` as a child process. In: a checkpoint and a number of workers. Out:
 //! addresses, token times of one answer, the router's memory. Nothing here knows how the cluster works.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -13,6 +14,8 @@ use conclave_runtime::channel;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
@@ -31,10 +34,14 @@ pub(crate) struct Answer {
     pub(crate) cached_tokens: u32,
 }
 
+/// A process's figures, by name and labels.
+pub(crate) type Figures = BTreeMap<String, f64>;
+
 #[derive(Debug)]
 pub(crate) struct Cluster {
     child: Child,
     inference: String,
+    admin: String,
     router_pid: u64,
     _scratch: TempDir,
 }
@@ -82,7 +89,7 @@ impl Cluster {
         };
         let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
         let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
-        Ok(Self { child, inference: text(&ready["inference"])?, router_pid, _scratch: scratch })
+        Ok(Self { child, inference: text(&ready["inference"])?, admin: text(&ready["admin"])?, router_pid, _scratch: scratch })
     }
 
     pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
@@ -117,6 +124,19 @@ impl Cluster {
         ensure!(arrivals.len() == tokens as usize, "the cluster drew {} tokens instead of {tokens}", arrivals.len());
         let first = arrivals.first().copied().context("no token was asked for")?;
         Ok(Answer { first_token: first - asked, arrivals, cached_tokens })
+    }
+
+    /// Every figure that the router gives to whoever scrapes it, by name and labels.
+    pub(crate) async fn figures(&self) -> anyhow::Result<Figures> {
+        let mut stream = TcpStream::connect(&self.admin).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n").await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        let figure = |line: &str| {
+            let (name, value) = line.rsplit_once(' ')?;
+            Some((name.to_owned(), value.parse().ok()?))
+        };
+        Ok(text.lines().filter(|line| !line.starts_with('#')).filter_map(figure).collect())
     }
 
     /// The most memory that the router had resident since it was started, bytes, as Linux counts it.

@@ -15,6 +15,7 @@ mod peer;
 mod prompts;
 mod serve;
 mod overload;
+mod phases;
 
 mod checkpoint;
 mod context;
@@ -62,6 +63,8 @@ enum What {
     Decode(ModelArgs),
     /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
     Serve(ModelArgs),
+    /// Where a decode step's time goes, by phase.
+    Phases(ModelArgs),
     /// Answers within their deadlines at half to ten times the load that a cluster can carry.
     Overload(ModelArgs),
     /// Time to the first token, time per token and the router's memory, by length of the context.
@@ -98,9 +101,10 @@ enum Mode {
     Context,
     Start,
     Ceiling,
+    Phases,
 }
 
-const ALL: [Mode; 8] = [
+const ALL: [Mode; 9] = [
     Mode::Dispatch,
     Mode::Expert,
     Mode::Decode,
@@ -109,6 +113,7 @@ const ALL: [Mode; 8] = [
     Mode::Context,
     Mode::Start,
     Mode::Ceiling,
+    Mode::Phases,
 ];
 
 #[tokio::main]
@@ -121,6 +126,7 @@ async fn main() -> anyhow::Result<()> {
         What::Dispatch => vec![Mode::Dispatch.measure(Path::new("")).await?],
         What::Expert => vec![Mode::Expert.measure(Path::new("")).await?],
         What::Ceiling => vec![Mode::Ceiling.measure(Path::new("")).await?],
+        What::Phases(args) => vec![Mode::Phases.measure(&args.model).await?],
         What::Start(args) => vec![Mode::Start.measure(&args.model).await?],
         What::Decode(args) => vec![Mode::Decode.measure(&args.model).await?],
         What::Serve(args) => vec![Mode::Serve.measure(&args.model).await?],
@@ -162,6 +168,10 @@ impl Mode {
                 let report = ceiling::measure().await?;
                 self.section(&report, report.to_json())
             }
+            Self::Phases => {
+                let report = phases::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
             Self::Decode => {
                 let report = decode::measure(model).await?;
                 self.section(&report, report.to_json())
@@ -188,6 +198,7 @@ impl Mode {
             Self::Expert => ("expert", "One expert against memory bandwidth and libtorch"),
             Self::Start => ("start", "Start and memory of workers"),
             Self::Ceiling => ("ceiling", "The ceiling of one router"),
+            Self::Phases => ("phases", "A decode step by phase"),
             Self::Decode => ("decode", "A whole cluster against llama.cpp and transformers"),
             Self::Serve => ("serve", "Batching and the prefix cache"),
             Self::Overload => ("overload", "Goodput under overload"),

@@ -33,6 +33,7 @@ use tonic::{Request, Streaming, transport::Endpoint};
 use tracing::{debug, warn};
 
 use super::{Counters, Pace, codec, probe};
+use crate::phases::Phase;
 
 /// Messages between the engine and the socket.
 const SEND_QUEUE: usize = 64;
@@ -347,7 +348,13 @@ impl Link {
             self.0.counters.late.fetch_add(1, Relaxed);
             return Ok(());
         };
-        let reply = codec::from_message(message, waiting.rows, self.0.hidden)?;
+        let (phases, away) = (&self.0.counters.phases, waiting.sent.elapsed());
+        let (queued, computed) = (Duration::from_micros(message.queue_us), Duration::from_micros(message.compute_us));
+        phases.add(Phase::Queue, queued.min(away));
+        phases.add(Phase::Expert, computed.min(away));
+        phases.add(Phase::Wire, away.saturating_sub(queued.saturating_add(computed)));
+        let decode = || codec::from_message(message, waiting.rows, self.0.hidden);
+        let reply = phases.timed(Phase::Decode, decode)?;
         self.0.stream.lock().heard(&waiting, Instant::now());
         if matches!(reply, codec::Reply::Rows(_)) {
             self.0.pace.observe(waiting.assignments, waiting.sent.elapsed());

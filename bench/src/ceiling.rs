@@ -214,8 +214,14 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "One router's exchange, rows of {HIDDEN} out in FP8 and back in bf16, a weighted sum per row sent; workers that answer at")?;
-        writeln!(f, "once in one other process on the same cores. {PASSES} passes of {ROWS} rows at once, {TOP} of {EXPERTS} experts a row; a row counts once per")?;
+        writeln!(
+            f,
+            "One router's exchange, rows of {HIDDEN} out in FP8 and back in bf16, a weighted sum per row sent; workers that answer at"
+        )?;
+        writeln!(
+            f,
+            "once in one other process on the same cores. {PASSES} passes of {ROWS} rows at once, {TOP} of {EXPERTS} experts a row; a row counts once per"
+        )?;
         writeln!(f, "worker that it is sent to. Medians of {} windows.", WINDOWS - 1)?;
         writeln!(
             f,

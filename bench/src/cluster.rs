@@ -89,7 +89,13 @@ impl Cluster {
         };
         let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
         let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
-        Ok(Self { child, inference: text(&ready["inference"])?, admin: text(&ready["admin"])?, router_pid, _scratch: scratch })
+        Ok(Self {
+            child,
+            inference: text(&ready["inference"])?,
+            admin: text(&ready["admin"])?,
+            router_pid,
+            _scratch: scratch,
+        })
     }
 
     pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {

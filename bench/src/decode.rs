@@ -63,8 +63,10 @@ pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
 
 async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload) -> anyhow::Result<OfModel> {
     let mut peers = peers(folder, weights).await;
-    let mut sides: Vec<(String, Result<Side, String>)> =
-        peers.iter().map(|(name, peer)| (name.clone(), peer.as_ref().map(|_| Side::default()).map_err(Clone::clone))).collect();
+    let mut sides: Vec<(String, Result<Side, String>)> = peers
+        .iter()
+        .map(|(name, peer)| (name.clone(), peer.as_ref().map(|_| Side::default()).map_err(Clone::clone)))
+        .collect();
     let mut ours = Side::default();
     for turn in 1..=TURNS {
         eprintln!("decode: {name}, turn {turn} of {TURNS}, the cluster");
@@ -125,7 +127,10 @@ async fn of_cluster(cluster: &Cluster, turn: usize) -> anyhow::Result<Rates> {
     }
     let prompt = prompts.draw(PREFILL);
     let first = cluster.generate(&prompt, 1).await?.first_token;
-    eprintln!("decode: turn {turn}, the cluster: {decode:.1?} and {:.0} tokens/s", PREFILL as f64 / first.as_secs_f64());
+    eprintln!(
+        "decode: turn {turn}, the cluster: {decode:.1?} and {:.0} tokens/s",
+        PREFILL as f64 / first.as_secs_f64()
+    );
     Ok(Rates { decode, prefill: PREFILL as f64 / first.as_secs_f64() })
 }
 
@@ -187,11 +192,15 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let threads = self.threads;
-        writeln!(f, "Tokens/s, medians of {TURNS} turns (range), {threads} cores for each side; products in bf16. Decode of all streams together,")?;
+        writeln!(
+            f,
+            "Tokens/s, medians of {TURNS} turns (range), {threads} cores for each side; products in bf16. Decode of all streams together,"
+        )?;
         writeln!(f, "{TOKENS} tokens after prompts of {PROMPT}; prefill of one prompt of {PREFILL}.")?;
         for model in &self.models {
             writeln!(f, "{}", model.name)?;
-            let heads = STREAMS.map(|streams| if streams == 1 { "1 stream".to_owned() } else { format!("{streams} streams") });
+            let heads =
+                STREAMS.map(|streams| if streams == 1 { "1 stream".to_owned() } else { format!("{streams} streams") });
             write!(f, "{:<34}", "")?;
             heads.iter().chain([&"prefill".to_owned()]).try_for_each(|head| write!(f, " {head:>22}"))?;
             writeln!(f)?;

@@ -158,8 +158,15 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (hidden, inner) = checkpoint::v2_lite_expert();
         let threads = self.threads;
-        writeln!(f, "One expert of 3 × {hidden} × {inner}, {threads} threads, {EXPERTS} experts in turns; medians. Beside it libtorch's plain")?;
-        writeln!(f, "products in bf16, of FP8 weights expanded to bf16. Read bandwidth in this run: {:.1} GB/s.", self.bandwidth / 1e9)?;
+        writeln!(
+            f,
+            "One expert of 3 × {hidden} × {inner}, {threads} threads, {EXPERTS} experts in turns; medians. Beside it libtorch's plain"
+        )?;
+        writeln!(
+            f,
+            "products in bf16, of FP8 weights expanded to bf16. Read bandwidth in this run: {:.1} GB/s.",
+            self.bandwidth / 1e9
+        )?;
         writeln!(
             f,
             "{:>8} {:>6} {:>10} {:>8} {:>12} {:>9} {:>13} {:>17}",

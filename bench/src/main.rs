@@ -214,6 +214,11 @@ impl Mode {
     fn missing(self, error: &anyhow::Error) -> Section {
         let (name, title) = self.names();
         eprintln!("{name}: {error:#}");
-        Section { name, title, text: format!("{title}: could not be measured: {error:#}\n"), json: json!({ "missing": format!("{error:#}") }) }
+        Section {
+            name,
+            title,
+            text: format!("{title}: could not be measured: {error:#}\n"),
+            json: json!({ "missing": format!("{error:#}") }),
+        }
     }
 }

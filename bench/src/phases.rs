@@ -118,7 +118,11 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "A decode step of {}, bf16, router and {WORKERS} workers: ms a step, means over all steps.", self.model)?;
+        writeln!(
+            f,
+            "A decode step of {}, bf16, router and {WORKERS} workers: ms a step, means over all steps.",
+            self.model
+        )?;
         let mut line = |name: &str, whose: &str, seconds: &dyn Fn(&Column) -> f64| {
             write!(f, "{name:<10} {whose:<32}")?;
             for column in &self.columns {

@@ -212,7 +212,9 @@ impl Few {
     async fn ask_all(&self, all: &Experts) -> anyhow::Result<()> {
         for (index, (_, address)) in self.workers.iter().enumerate() {
             let mut asker = Asker::connect(address).await?;
-            for (layer, expert) in all.all.iter().filter(|(_, expert)| usize::from(*expert) % self.workers.len() == index) {
+            for (layer, expert) in
+                all.all.iter().filter(|(_, expert)| usize::from(*expert) % self.workers.len() == index)
+            {
                 ensure!(asker.ask(all.hidden, *layer, *expert).await?, "expert {expert} of layer {layer} is not there");
             }
         }
@@ -313,18 +315,32 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mib = |bytes: u64| bytes >> 20;
-        writeln!(f, "One worker, bf16 products, files in the page cache; {STARTS} starts, median (range), ms from the start of its process")?;
+        writeln!(
+            f,
+            "One worker, bf16 products, files in the page cache; {STARTS} starts, median (range), ms from the start of its process"
+        )?;
         for model in &self.0 {
             let cell = |samples: &Samples| {
                 format!("{:.0} ({:.0}–{:.0})", samples.median(), samples.quantile(0.0), samples.quantile(1.0))
             };
             let mib_each = model.expert_bytes as f64 / f64::from(1 << 20);
             writeln!(f, "{}: {} experts of {mib_each:.1} MiB", model.name, model.experts)?;
-            writeln!(f, "  first row answered {}, all experts there {}", cell(&model.first_answer), cell(&model.all_resident))?;
+            writeln!(
+                f,
+                "  first row answered {}, all experts there {}",
+                cell(&model.first_answer),
+                cell(&model.all_resident)
+            )?;
             writeln!(
                 f,
                 "{:>10} {:>26} {:>14} {:>16} {:>12} {:>15} {:>14}",
-                "workers", "share of the experts, MiB", "resident, MiB", "anonymous, MiB", "files, MiB", "beyond, MiB", "÷ share"
+                "workers",
+                "share of the experts, MiB",
+                "resident, MiB",
+                "anonymous, MiB",
+                "files, MiB",
+                "beyond, MiB",
+                "÷ share"
             )?;
             for memory in &model.memory {
                 // The first worker has the largest share.

@@ -48,7 +48,8 @@ impl Random {
         let mut random = StdRng::seed_from_u64(0);
         let bound = 3.0f32.sqrt();
         let numbers = (0..POOL).map(|_| random.random_range(-bound..bound)).collect();
-        let codes: Vec<u8> = (0..POOL).map(|_| random.random_range(0..0x7fu8) | (random.random::<u8>() & 0x80)).collect();
+        let codes: Vec<u8> =
+            (0..POOL).map(|_| random.random_range(0..0x7fu8) | (random.random::<u8>() & 0x80)).collect();
         let squares: f64 = codes.iter().map(|code| f64::from(decode_e4m3(*code)).powi(2)).sum();
         Self { offsets: random, numbers, codes, code_size: (squares / POOL as f64).sqrt() as f32 }
     }

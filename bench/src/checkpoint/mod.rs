@@ -65,7 +65,8 @@ const V2_LITE: Shape = Shape {
 };
 
 /// Its attention, so that the cost of contexts is real; layers are few and experts small, so that the rest costs little.
-const LONG: Shape = Shape { vocab: 1024, layers: 2, dense: 1024, experts: 8, expert: 64, top: 2, context: 20_480, ..V2_LITE };
+const LONG: Shape =
+    Shape { vocab: 1024, layers: 2, dense: 1024, experts: 8, expert: 64, top: 2, context: 20_480, ..V2_LITE };
 
 /// What [`long_context`] writes, for a table.
 pub(crate) const LONG_CONTEXT: &str = "random weights, DeepSeek-V2-Lite's attention, 2 layers";
@@ -217,7 +218,10 @@ mod tests {
         long_context(folder.path()).unwrap();
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         let config = checkpoint.config();
-        assert_eq!((config.kv_lora_rank, config.num_attention_heads, config.q_lora_rank), (LONG.latent, LONG.heads, None));
+        assert_eq!(
+            (config.kv_lora_rank, config.num_attention_heads, config.q_lora_rank),
+            (LONG.latent, LONG.heads, None)
+        );
         assert_eq!(config.max_position_embeddings, LONG.context);
         assert_eq!(config.moe_layers().collect::<Vec<_>>(), [1]);
     }

@@ -47,7 +47,8 @@ impl Llama {
         let folder = std::env::current_exe()?.with_file_name("bench-models");
         std::fs::create_dir_all(&folder)?;
         let file = folder.join(format!("{name}-{kind}.gguf"));
-        let written = |path: &Path| path.metadata().and_then(|about| about.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
+        let written =
+            |path: &Path| path.metadata().and_then(|about| about.modified()).unwrap_or(SystemTime::UNIX_EPOCH);
         if written(&file) <= written(&model.join("config.json")) {
             eprintln!("converting {name} for llama.cpp ({kind}), once");
             let mut command = Command::new(&self.python);

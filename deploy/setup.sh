@@ -7,6 +7,7 @@
 #   deploy/setup.sh python    the virtual environment of the demo recipe and the Python tests, and DeepSeek's tokenizers
 #   deploy/setup.sh etcd      etcd from the system's package where it may be installed; exit 3 where there is none
 #   deploy/setup.sh bench     transformers with the whole of torch (2.5 GB), only for benchmarks and new goldens
+#   deploy/setup.sh llama     llama.cpp's benchmark programs, built from source (minutes), only for benchmarks
 set -euo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -160,10 +161,45 @@ setup_bench() {
   mark_done bench "$list"
 }
 
+# After setup_bench, whose environment converts checkpoints and whose folder this lies in: hence the look at what is there.
+setup_llama() {
+  setup_bench
+  local list=$root/deploy/setup/llama.txt tools=$root/deploy/setup/llama-tools.txt
+  local wheels=$deps/wheels-llama python=$deps/bench/bin/python folder=$deps/bench/llama.cpp
+  [ -x "$folder/build/bin/llama-batched-bench" ] && done_already llama "$list" "$tools" && return
+  say "downloading llama.cpp's sources (77 MB) and building its benchmarks for this machine's processor (some minutes)"
+  rm -rf "$wheels" "$folder" && mkdir -p "$wheels"
+  "$deps/bench/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: --requirement "$tools"
+  "$deps/bench/bin/pip" download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
+    --require-hashes --dest "$wheels" --requirement "$list"
+  "$python" - "$wheels" "$folder" <<'PY'
+import pathlib, sys, tarfile
+wheels, folder = map(pathlib.Path, sys.argv[1:])
+(source,) = wheels.glob("*.tar.gz")
+with tarfile.open(source) as archive:
+    for member in archive:
+        name, vendored, inside = member.name.partition("/vendor/llama.cpp/")
+        if vendored and ".git" not in name and member.isfile():
+            member.name = inside
+            archive.extract(member, folder, filter="data")
+PY
+  rm -rf "$wheels"
+  # Static, so that the programs run from anywhere; nothing that is not measured.
+  "$deps/bench/bin/cmake" -S "$folder" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+    -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF >"$deps/llama-build.log" 2>&1 &&
+    "$deps/bench/bin/cmake" --build "$folder/build" --parallel "${JOBS:-2}" \
+      --target llama-bench llama-batched-bench >>"$deps/llama-build.log" 2>&1 || {
+    say "llama.cpp does not build here (.deps/llama-build.log)"
+    exit 3
+  }
+  mark_done llama "$list" "$tools"
+}
+
 case "${1:-}" in
-  build | cuda | python | etcd | bench) "setup_$1" ;;
+  build | cuda | python | etcd | bench | llama) "setup_$1" ;;
   *)
-    sed -n '2,11p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,12p' "${BASH_SOURCE[0]}" >&2
     exit 64
     ;;
 esac

@@ -1,13 +1,12 @@
 //! A local cluster as a user starts it: `conclave up` as a child process. In: a checkpoint and a number of workers. Out:
-//! addresses, token times of one answer, rows computed by each worker, the router's memory. Nothing here knows how the cluster works.
+//! addresses, token times of one answer, the router's memory. Nothing here knows how the cluster works.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use conclave_proto::expert::v1::GetInventoryRequest;
-use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
 use conclave_proto::inference::v1 as pb;
 use conclave_proto::inference::v1::generate_response::Event;
 use conclave_proto::inference::v1::inference_client::InferenceClient;
@@ -15,6 +14,8 @@ use conclave_runtime::channel;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 use tonic::transport::Channel;
 
@@ -26,9 +27,6 @@ const STOP_WITHIN: Duration = Duration::from_secs(60);
 /// One answer, as its client saw it.
 #[derive(Debug)]
 pub(crate) struct Answer {
-    pub(crate) ids: Vec<u32>,
-    /// After the first token.
-    pub(crate) tokens_per_second: f64,
     pub(crate) first_token: Duration,
     /// When each token came.
     pub(crate) arrivals: Vec<Instant>,
@@ -36,13 +34,15 @@ pub(crate) struct Answer {
     pub(crate) cached_tokens: u32,
 }
 
+/// A process's figures, by name and labels.
+pub(crate) type Figures = BTreeMap<String, f64>;
+
 #[derive(Debug)]
 pub(crate) struct Cluster {
     child: Child,
     inference: String,
+    admin: String,
     router_pid: u64,
-    /// Id and address, in the order of the ready file.
-    workers: Vec<(String, String)>,
     _scratch: TempDir,
 }
 
@@ -88,11 +88,14 @@ impl Cluster {
             }
         };
         let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
-        let workers = ready["workers"].as_array().context("no workers in the ready file")?;
-        let workers = workers.iter().map(|worker| Ok((text(&worker["id"])?, text(&worker["address"])?)));
-        let workers = workers.collect::<anyhow::Result<_>>()?;
         let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
-        Ok(Self { child, inference: text(&ready["inference"])?, router_pid, workers, _scratch: scratch })
+        Ok(Self {
+            child,
+            inference: text(&ready["inference"])?,
+            admin: text(&ready["admin"])?,
+            router_pid,
+            _scratch: scratch,
+        })
     }
 
     pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
@@ -102,12 +105,6 @@ impl Cluster {
     /// What is served.
     pub(crate) async fn model(&self) -> anyhow::Result<pb::GetModelResponse> {
         Ok(self.client().await?.get_model(pb::GetModelRequest {}).await?.into_inner())
-    }
-
-    /// The ids Generate would see for a plain text.
-    pub(crate) async fn tokenize(&self, text: &str) -> anyhow::Result<Vec<u32>> {
-        let input = Some(pb::tokenize_request::Input::Text(text.to_owned()));
-        Ok(self.client().await?.tokenize(pb::TokenizeRequest { input }).await?.into_inner().ids)
     }
 
     /// One greedy answer of exactly `tokens` tokens, timed where the tokens arrive: at the client.
@@ -122,23 +119,30 @@ impl Cluster {
         let mut client = self.client().await?;
         let asked = Instant::now();
         let mut stream = client.generate(request).await?.into_inner();
-        let (mut ids, mut arrivals, mut cached_tokens) = (Vec::new(), Vec::new(), 0);
+        let (mut arrivals, mut cached_tokens) = (Vec::new(), 0);
         while let Some(message) = stream.message().await? {
             match message.event {
                 Some(Event::Started(started)) => cached_tokens = started.cached_tokens,
-                Some(Event::Tokens(drawn)) => {
-                    ids.extend(drawn.tokens.iter().map(|token| token.id));
-                    arrivals.resize(ids.len(), Instant::now());
-                }
+                Some(Event::Tokens(drawn)) => arrivals.resize(arrivals.len() + drawn.tokens.len(), Instant::now()),
                 _ => {}
             }
         }
-        ensure!(ids.len() == tokens as usize, "the cluster drew {} tokens instead of {tokens}", ids.len());
-        let (first, last) =
-            arrivals.first().copied().zip(arrivals.last().copied()).context("no token was asked for")?;
-        let with_first = arrivals.iter().filter(|at| **at == first).count();
-        let per_second = (ids.len() - with_first) as f64 / (last - first).as_secs_f64();
-        Ok(Answer { ids, tokens_per_second: per_second, first_token: first - asked, arrivals, cached_tokens })
+        ensure!(arrivals.len() == tokens as usize, "the cluster drew {} tokens instead of {tokens}", arrivals.len());
+        let first = arrivals.first().copied().context("no token was asked for")?;
+        Ok(Answer { first_token: first - asked, arrivals, cached_tokens })
+    }
+
+    /// Every figure that the router gives to whoever scrapes it, by name and labels.
+    pub(crate) async fn figures(&self) -> anyhow::Result<Figures> {
+        let mut stream = TcpStream::connect(&self.admin).await?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: admin\r\nConnection: close\r\n\r\n").await?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).await?;
+        let figure = |line: &str| {
+            let (name, value) = line.rsplit_once(' ')?;
+            Some((name.to_owned(), value.parse().ok()?))
+        };
+        Ok(text.lines().filter(|line| !line.starts_with('#')).filter_map(figure).collect())
     }
 
     /// The most memory that the router had resident since it was started, bytes, as Linux counts it.
@@ -148,17 +152,6 @@ impl Cluster {
         let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
         let kib = peak.and_then(|peak| peak.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
         Ok(kib.with_context(|| format!("{file} tells no VmHWM"))? * 1024)
-    }
-
-    /// Assignments computed since start, by worker.
-    pub(crate) async fn rows_by_worker(&self) -> anyhow::Result<Vec<(String, u64)>> {
-        let mut rows = Vec::new();
-        for (id, address) in &self.workers {
-            let mut client = ExpertWorkerClient::new(channel::internal(address)?.connect().await?);
-            let inventory = client.get_inventory(GetInventoryRequest {}).await?.into_inner();
-            rows.push((id.clone(), inventory.rows_total));
-        }
-        Ok(rows)
     }
 
     /// Drains it as Ctrl-C would.
@@ -186,7 +179,7 @@ async fn wait_for(ready_file: &Path, child: &mut Child) -> anyhow::Result<Value>
 }
 
 /// The workspace's programs are built into one folder.
-fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
+pub(crate) fn beside_this_program(name: &str) -> anyhow::Result<PathBuf> {
     let path = std::env::current_exe()?.with_file_name(name);
     ensure!(path.exists(), "{} is not built: cargo build --workspace --bins", path.display());
     Ok(path)

@@ -40,8 +40,8 @@ pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
         eprintln!("context: making a checkpoint with a longer context");
         let scratch = tempfile::tempdir()?;
         let folder = scratch.path().to_owned();
-        tokio::task::spawn_blocking(move || checkpoint::write(&folder)).await??;
-        rows.extend(of_checkpoint(scratch.path(), checkpoint::WHAT).await?);
+        tokio::task::spawn_blocking(move || checkpoint::long_context(&folder)).await??;
+        rows.extend(of_checkpoint(scratch.path(), checkpoint::LONG_CONTEXT).await?);
     }
     Ok(Report(rows))
 }

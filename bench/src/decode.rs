@@ -1,163 +1,220 @@
-//! Decode tokens/s of a local cluster and of transformers: same checkpoint, same token ids, same cores, bf16, one
-//! sequence, in turns, without the time to the first token. Out: medians, their ratio, and the rows each worker
-//! computed. Where transformers cannot be had the reason is printed in its place, and the cluster is measured alone.
+//! Decode and prefill of a whole cluster (a router and two workers) beside other programs on the same checkpoint and the
+//! same cores, in turns. In: the demo checkpoint; DeepSeek-V2-Lite's layers in bf16 and in FP8 are made here. Out: tokens/s
+//! of 1, 4 and 16 streams, all of them together and while all decode, and of one prompt of 512 tokens; and the ratio to the
+//! best peer in each. Where a peer cannot be had the reason is printed in its place.
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use serde_json::{Value, json};
 
+use crate::checkpoint::{self, Weights};
 use crate::cluster::{Cluster, WORKERS, measured};
-use crate::peer::{Timed, Transformers};
+use crate::peer::{self, Llama, Quantity, Rates, Transformers, Workload};
+use crate::prompts::Prompts;
+use crate::serve::decode_rate;
 use crate::stats::Samples;
 
-const TOKENS: u32 = 32;
-/// The two take turns this often. transformers loads the checkpoint anew for each implementation of the experts it has.
+const STREAMS: [usize; 3] = [1, 4, 16];
+const PROMPT: usize = 32;
+const TOKENS: u32 = 48;
+const PREFILL: usize = 512;
+/// Everybody is measured this often, one after the other.
 const TURNS: usize = 3;
-/// Answers a turn: the peer's are few because its slower implementations take half a minute each.
-const ANSWERS: usize = 3;
-const PEER_ANSWERS: usize = 1;
-const PROMPT: &str = "The lighthouse keeper climbed the stairs every evening, lit the lamp, and wrote down the weather \
-                      and the ships that passed. One evening in late November she saw";
+
 #[derive(Debug)]
 pub(crate) struct Report {
-    model: String,
-    cores: usize,
-    prompt_tokens: usize,
-    cluster: Side,
-    rows_by_worker: Vec<(String, u64)>,
-    /// Or why there is none.
-    peer: Result<Peer, String>,
-}
-
-/// What was measured of one of the two.
-#[derive(Debug, Default)]
-struct Side {
-    tokens_per_second: Samples,
-    first_token_ms: Samples,
+    threads: usize,
+    models: Vec<OfModel>,
 }
 
 #[derive(Debug)]
-struct Peer {
-    side: Side,
+struct OfModel {
     name: String,
-    experts: String,
-    /// Greedy tokens until the two disagree: rounding in bf16 decides close calls differently.
-    tokens_in_common: usize,
+    cluster: Side,
+    peers: Vec<(String, Result<Side, String>)>,
 }
 
-/// Starts a cluster, measures both in turns, stops it.
+/// What was measured of one side: tokens per second by number of streams, and of the long prompt.
+#[derive(Debug, Default)]
+struct Side {
+    decode: [Samples; STREAMS.len()],
+    prefill: Samples,
+}
+
+/// Who is beside the cluster on one checkpoint.
+enum Peer {
+    Transformers(Transformers),
+    /// With the converted checkpoint.
+    Llama(Llama, PathBuf),
+}
+
+/// Measures the demo checkpoint and those of DeepSeek-V2-Lite's layers.
 pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
-    measured(model, async |cluster| in_turns(cluster, model).await).await
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let work = Workload { streams: STREAMS, prompt: PROMPT, tokens: TOKENS, prefill: PREFILL, threads };
+    let mut models = vec![of_model(model, model.display().to_string(), Weights::Bf16, work).await?];
+    for (weights, format) in [(Weights::Bf16, "bf16"), (Weights::Fp8, "FP8 as stored")] {
+        let folder = tokio::task::spawn_blocking(move || checkpoint::v2_lite(weights)).await??;
+        models.push(of_model(&folder, format!("{}, {format}", checkpoint::V2_LITE_IS), weights, work).await?);
+    }
+    Ok(Report { threads, models })
 }
 
-async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {
-    let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let prompt = cluster.tokenize(PROMPT).await.context("cannot tokenize the prompt")?;
-    // Warms up the cluster; the peer does so by itself in every turn.
-    let first = cluster.generate(&prompt, TOKENS).await?;
-    let rows_before = cluster.rows_by_worker().await?;
+async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload) -> anyhow::Result<OfModel> {
+    let mut peers = peers(folder, weights).await;
+    let mut sides: Vec<(String, Result<Side, String>)> = peers
+        .iter()
+        .map(|(name, peer)| (name.clone(), peer.as_ref().map(|_| Side::default()).map_err(Clone::clone)))
+        .collect();
     let mut ours = Side::default();
-    let mut theirs = Side::default();
-    let mut peer = Transformers::find().map_err(|error| error.to_string());
-    let mut last: Option<Timed> = None;
     for turn in 1..=TURNS {
-        eprintln!("decode: turn {turn} of {TURNS}, the cluster");
-        for _ in 0..ANSWERS {
-            let answer = cluster.generate(&prompt, TOKENS).await?;
-            ours.tokens_per_second.push(answer.tokens_per_second);
-            ours.first_token_ms.push(answer.first_token.as_secs_f64() * 1e3);
-        }
-        if let Ok(transformers) = &peer {
-            eprintln!("decode: turn {turn} of {TURNS}, transformers (a minute or more)");
-            match transformers.decode(model, &prompt, TOKENS, cores, PEER_ANSWERS).await {
-                Ok(timed) => {
-                    theirs.tokens_per_second.push(timed.tokens_per_second);
-                    theirs.first_token_ms.push(timed.prefill_seconds * 1e3);
-                    last = Some(timed);
-                }
-                Err(error) => peer = Err(format!("{error:#}")),
+        eprintln!("decode: {name}, turn {turn} of {TURNS}, the cluster");
+        // Started anew each turn: nobody's memory and threads are beside those of whoever is measured.
+        ours.add(&measured(folder, async |cluster| of_cluster(cluster, turn).await).await?);
+        for ((label, peer), (_, side)) in peers.iter_mut().zip(&mut sides) {
+            let Ok(peer) = peer else { continue };
+            eprintln!("decode: {name}, turn {turn} of {TURNS}, {label}");
+            match (peer.measure(folder, work).await, &mut *side) {
+                (Ok(rates), Ok(side)) => side.add(&rates),
+                (Err(error), side) => *side = Err(format!("{error:#}")),
+                (Ok(_), Err(_)) => {}
             }
         }
     }
-    let rows_by_worker = since(&rows_before, cluster.rows_by_worker().await?);
-    let peer = peer.and_then(|_| last.ok_or_else(|| "it was never measured".to_owned())).map(|timed| Peer {
-        tokens_in_common: first.ids.iter().zip(&timed.tokens).take_while(|(here, there)| here == there).count(),
-        side: theirs,
-        name: timed.name,
-        experts: timed.experts,
-    });
-    let model = model.display().to_string();
-    Ok(Report { model, cores, prompt_tokens: prompt.len(), cluster: ours, rows_by_worker, peer })
+    Ok(OfModel { name, cluster: ours, peers: sides })
 }
 
-/// Rows computed after `before`, by worker.
-fn since(before: &[(String, u64)], now: Vec<(String, u64)>) -> Vec<(String, u64)> {
-    let earlier = |id: &str| before.iter().find(|(known, _)| known == id).map_or(0, |(_, rows)| *rows);
-    now.into_iter().map(|(id, rows)| (id.clone(), rows.saturating_sub(earlier(&id)))).collect()
+/// Those that can compute from weights of this format.
+async fn peers(folder: &Path, weights: Weights) -> Vec<(String, Result<Peer, String>)> {
+    let (quantity, format) = match weights {
+        Weights::Bf16 => (Quantity::Bf16, "bf16"),
+        Weights::Fp8 => (Quantity::Q8, "Q8_0"),
+    };
+    let version = |list, package| peer::version(list, package).unwrap_or_default();
+    let prepared = async {
+        let llama = Llama::find()?;
+        let file = llama.converted(folder, quantity).await?;
+        anyhow::Ok(Peer::Llama(llama, file))
+    };
+    // It is told by the package that carries its sources.
+    let name = format!("llama.cpp (in {}), {format}", version("llama.txt", "llama-cpp-python"));
+    let llama = (name, prepared.await.map_err(|error| format!("{error:#}")));
+    let transformers = match weights {
+        Weights::Bf16 => Transformers::find().map(Peer::Transformers).map_err(|error| format!("{error:#}")),
+        Weights::Fp8 => Err("it has no FP8 products on a processor".to_owned()),
+    };
+    vec![llama, (format!("transformers {}, bf16", version("bench.txt", "transformers")), transformers)]
+}
+
+impl Peer {
+    async fn measure(&self, folder: &Path, work: Workload) -> anyhow::Result<Rates> {
+        match self {
+            Self::Transformers(transformers) => transformers.measure(folder, work).await,
+            Self::Llama(llama, file) => llama.measure(file, work).await,
+        }
+    }
+}
+
+/// As a client sees it.
+async fn of_cluster(cluster: &Cluster, turn: usize) -> anyhow::Result<Rates> {
+    let mut prompts = Prompts::new(cluster.model().await?.vocab_size);
+    // Warms up.
+    cluster.generate(&prompts.draw(PROMPT), 8).await?;
+    let mut decode = Vec::new();
+    for streams in STREAMS {
+        decode.push(decode_rate(cluster, &mut prompts, streams, PROMPT, TOKENS).await?);
+    }
+    let prompt = prompts.draw(PREFILL);
+    let first = cluster.generate(&prompt, 1).await?.first_token;
+    eprintln!(
+        "decode: turn {turn}, the cluster: {decode:.1?} and {:.0} tokens/s",
+        PREFILL as f64 / first.as_secs_f64()
+    );
+    Ok(Rates { decode, prefill: PREFILL as f64 / first.as_secs_f64() })
 }
 
 impl Side {
-    fn to_json(&self) -> Value {
-        json!({ "tokens_per_second": self.tokens_per_second.to_json(), "first_token_ms": self.first_token_ms.to_json() })
+    fn add(&mut self, rates: &Rates) {
+        self.decode.iter_mut().zip(&rates.decode).for_each(|(samples, rate)| samples.push(*rate));
+        self.prefill.push(rates.prefill);
     }
 
-    /// Median and range of the rate, and the median time to the first token.
+    /// Decode by streams, then the prefill.
+    fn all(&self) -> impl Iterator<Item = &Samples> {
+        self.decode.iter().chain([&self.prefill])
+    }
+
     fn cells(&self) -> String {
-        let rate = &self.tokens_per_second;
-        let (median, slowest, fastest) = (rate.median(), rate.quantile(0.0), rate.quantile(1.0));
-        format!("{median:>9.1} {:>15} {:>16.0}", format!("{slowest:.1}–{fastest:.1}"), self.first_token_ms.median())
+        let cell = |samples: &Samples| {
+            let (median, least, most) = (samples.median(), samples.quantile(0.0), samples.quantile(1.0));
+            format!(" {:>22}", format!("{median:.1} ({least:.1}–{most:.1})"))
+        };
+        self.all().map(cell).collect()
+    }
+
+    fn to_json(&self) -> Value {
+        let decode: Vec<_> = self.decode.iter().map(Samples::to_json).collect();
+        json!({ "decode_tokens_per_second": decode, "prefill_tokens_per_second": self.prefill.to_json() })
+    }
+}
+
+impl OfModel {
+    /// Ours over the best peer's, decode by streams, then the prefill; NaN without a peer.
+    fn ratios(&self) -> Vec<f64> {
+        let best = |index: usize| {
+            let peers = self.peers.iter().filter_map(|(_, side)| side.as_ref().ok());
+            peers.filter_map(|side| Some(side.all().nth(index)?.median())).fold(f64::NAN, f64::max)
+        };
+        self.cluster.all().enumerate().map(|(index, ours)| ours.median() / best(index)).collect()
     }
 }
 
 impl Report {
     pub(crate) fn to_json(&self) -> Value {
-        let rows: Vec<_> = self.rows_by_worker.iter().map(|(id, rows)| json!({ "worker": id, "rows": rows })).collect();
-        let peer = match &self.peer {
-            Ok(peer) => json!({
-                "name": peer.name, "experts_implementation": peer.experts, "tokens_in_common": peer.tokens_in_common,
-                "measured": peer.side.to_json(),
-            }),
-            Err(reason) => json!({ "missing": reason }),
-        };
+        let models = self.models.iter().map(|model| {
+            let peers = model.peers.iter().map(|(name, side)| match side {
+                Ok(side) => json!({ "name": name, "measured": side.to_json() }),
+                Err(reason) => json!({ "name": name, "missing": reason }),
+            });
+            json!({
+                "model": model.name, "cluster": model.cluster.to_json(), "peers": peers.collect::<Vec<_>>(),
+                "cluster_over_best_peer": model.ratios(),
+            })
+        });
         json!({
-            "model": self.model, "dtype": "bf16", "cores": self.cores, "workers": WORKERS, "tokens": TOKENS,
-            "prompt_tokens": self.prompt_tokens, "turns": TURNS, "answers_a_turn": { "cluster": ANSWERS, "transformers": PEER_ANSWERS },
-            "cluster": self.cluster.to_json(), "transformers": peer, "cluster_over_transformers": self.ratio(),
-            "rows_by_worker": rows,
+            "streams": STREAMS, "prompt_tokens": PROMPT, "tokens": TOKENS, "prefill_tokens": PREFILL, "workers": WORKERS,
+            "threads": self.threads, "turns": TURNS, "models": models.collect::<Vec<_>>(),
         })
-    }
-
-    fn ratio(&self) -> Option<f64> {
-        let peer = self.peer.as_ref().ok()?;
-        Some(self.cluster.tokens_per_second.median() / peer.side.tokens_per_second.median())
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { model, cores, prompt_tokens, .. } = self;
+        let threads = self.threads;
         writeln!(
             f,
-            "Decode of {model}, bf16, one sequence, {prompt_tokens} prompt tokens and {TOKENS} drawn, {cores} cores for each side,"
+            "Tokens/s, medians of {TURNS} turns (range), {threads} cores for each side; products in bf16. Decode of all streams together,"
         )?;
-        writeln!(f, "in {TURNS} turns; the time to the first token is apart.")?;
-        writeln!(f, "{:<62} {:>9} {:>15} {:>16}", "", "tokens/s", "range", "first token, ms")?;
-        writeln!(f, "{:<62} {}", format!("conclave, router and {WORKERS} workers"), self.cluster.cells())?;
-        match &self.peer {
-            Ok(peer) => {
-                writeln!(f, "{:<62} {}", format!("{}, {} experts", peer.name, peer.experts), peer.side.cells())?;
-                writeln!(f, "{:<62} {:>9.2}", "conclave ÷ transformers", self.ratio().unwrap_or(f64::NAN))?;
-                writeln!(
-                    f,
-                    "Of {TOKENS} greedy tokens the first {} are the same on both sides.",
-                    peer.tokens_in_common
-                )?;
+        writeln!(f, "{TOKENS} tokens after prompts of {PROMPT}; prefill of one prompt of {PREFILL}.")?;
+        for model in &self.models {
+            writeln!(f, "{}", model.name)?;
+            let heads =
+                STREAMS.map(|streams| if streams == 1 { "1 stream".to_owned() } else { format!("{streams} streams") });
+            write!(f, "{:<34}", "")?;
+            heads.iter().chain([&"prefill".to_owned()]).try_for_each(|head| write!(f, " {head:>22}"))?;
+            writeln!(f)?;
+            writeln!(f, "{:<34}{}", format!("conclave, router and {WORKERS} workers"), model.cluster.cells())?;
+            for (name, side) in &model.peers {
+                match side {
+                    Ok(side) => writeln!(f, "{name:<34}{}", side.cells())?,
+                    Err(reason) => writeln!(f, "{name} was not measured: {reason}")?,
+                }
             }
-            Err(reason) => writeln!(f, "transformers was not measured: {reason}")?,
+            write!(f, "{:<34}", "conclave ÷ the best of the others")?;
+            model.ratios().iter().try_for_each(|ratio| write!(f, " {ratio:>22.2}"))?;
+            writeln!(f)?;
         }
-        let rows: Vec<_> = self.rows_by_worker.iter().map(|(id, rows)| format!("{id} {rows}")).collect();
-        writeln!(f, "Rows computed: {}", rows.join(", "))
+        Ok(())
     }
 }

@@ -5,22 +5,40 @@
 mod dispatch;
 mod echo;
 
+mod bandwidth;
+mod expert;
+
 mod cluster;
 mod decode;
 mod peer;
 
 mod prompts;
 mod serve;
+mod overload;
+mod phases;
 
 mod checkpoint;
 mod context;
 
+mod memory;
+mod start;
+
+mod ceiling;
+mod fakes;
+
+mod machine;
+mod results;
 mod stats;
 
+use std::fmt;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Parser, Subcommand};
+use serde_json::{Value, json};
+
+use machine::Machine;
+use results::Section;
 
 #[derive(Debug, Parser)]
 #[command(name = "conclave-bench", about, version)]
@@ -30,23 +48,39 @@ struct Cli {
     /// Print one JSON object instead of tables.
     #[arg(long, global = true)]
     json: bool,
+    /// Write the tables into this page of Markdown too, in place of what it held.
+    #[arg(long, global = true, value_name = "FILE")]
+    write: Option<PathBuf>,
 }
 
 #[derive(Debug, Subcommand)]
 enum What {
     /// One dispatch–combine round trip against a raw TCP echo of the same bytes.
     Dispatch,
-    /// Decode tokens/s of a local cluster and of transformers on one checkpoint.
+    /// One expert by rows, bf16 and FP8, against memory bandwidth and libtorch.
+    Expert,
+    /// Decode and prefill of a local cluster, of llama.cpp and of transformers, on the same checkpoints.
     Decode(ModelArgs),
     /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
     Serve(ModelArgs),
+    /// Where a decode step's time goes, by phase.
+    Phases(ModelArgs),
+    /// Answers within their deadlines at half to ten times the load that a cluster can carry.
+    Overload(ModelArgs),
     /// Time to the first token, time per token and the router's memory, by length of the context.
     Context(ModelArgs),
+    /// From a worker's start to its first answer, and the memory of workers.
+    Start(ModelArgs),
+    /// Rows a second that one router can send and have back, by workers.
+    Ceiling,
     /// All of these.
     All(ModelArgs),
     /// The far side of `dispatch`, in a process of its own.
     #[command(hide = true)]
     Echo,
+    /// The workers of `ceiling`, in a process of their own.
+    #[command(hide = true)]
+    Fakes { count: usize },
 }
 
 #[derive(Debug, Args)]
@@ -56,84 +90,135 @@ struct ModelArgs {
     model: PathBuf,
 }
 
+/// Everything that can be measured, in the order of the page.
+#[derive(Debug, Clone, Copy)]
+enum Mode {
+    Dispatch,
+    Expert,
+    Decode,
+    Serve,
+    Overload,
+    Context,
+    Start,
+    Ceiling,
+    Phases,
+}
+
+const ALL: [Mode; 9] = [
+    Mode::Dispatch,
+    Mode::Expert,
+    Mode::Decode,
+    Mode::Serve,
+    Mode::Overload,
+    Mode::Context,
+    Mode::Start,
+    Mode::Ceiling,
+    Mode::Phases,
+];
+
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let machine = Machine::now();
-    let mut reports = Reports::default();
-    match &cli.what {
+    let sections = match &cli.what {
         What::Echo => return echo::serve().await,
-        What::Dispatch => reports.dispatch = Some(dispatch::measure().await?),
-        What::Decode(args) => reports.decode = Some(decode::measure(&args.model).await?),
-        What::Serve(args) => reports.serve = Some(serve::measure(&args.model).await?),
-        What::Context(args) => reports.context = Some(context::measure(&args.model).await?),
-        What::All(args) => {
-            reports.dispatch = Some(dispatch::measure().await?);
-            reports.decode = Some(decode::measure(&args.model).await?);
-            reports.serve = Some(serve::measure(&args.model).await?);
-            reports.context = Some(context::measure(&args.model).await?);
+        What::Fakes { count } => return fakes::serve(*count).await,
+        What::Dispatch => vec![Mode::Dispatch.measure(Path::new("")).await?],
+        What::Expert => vec![Mode::Expert.measure(Path::new("")).await?],
+        What::Ceiling => vec![Mode::Ceiling.measure(Path::new("")).await?],
+        What::Phases(args) => vec![Mode::Phases.measure(&args.model).await?],
+        What::Start(args) => vec![Mode::Start.measure(&args.model).await?],
+        What::Decode(args) => vec![Mode::Decode.measure(&args.model).await?],
+        What::Serve(args) => vec![Mode::Serve.measure(&args.model).await?],
+        What::Overload(args) => vec![Mode::Overload.measure(&args.model).await?],
+        What::Context(args) => vec![Mode::Context.measure(&args.model).await?],
+        What::All(args) => all(&args.model).await,
+    };
+    let text = if cli.json { results::as_json(&machine, &sections) } else { results::as_text(&machine, &sections) };
+    std::io::stdout().lock().write_all(text.as_bytes())?;
+    cli.write.map_or(Ok(()), |file| results::write(&file, &machine, &sections))
+}
+
+/// One after the other; one that fails is told and does not take the others with it.
+async fn all(model: &Path) -> Vec<Section> {
+    let mut sections = Vec::new();
+    for mode in ALL {
+        let measured = mode.measure(model).await;
+        sections.push(measured.unwrap_or_else(|error| mode.missing(&error)));
+    }
+    sections
+}
+
+impl Mode {
+    async fn measure(self, model: &Path) -> anyhow::Result<Section> {
+        Ok(match self {
+            Self::Dispatch => {
+                let report = dispatch::measure().await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Expert => {
+                let report = expert::measure().await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Start => {
+                let report = start::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Ceiling => {
+                let report = ceiling::measure().await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Phases => {
+                let report = phases::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Decode => {
+                let report = decode::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Serve => {
+                let report = serve::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Overload => {
+                let report = overload::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Context => {
+                let report = context::measure(model).await?;
+                self.section(&report, report.to_json())
+            }
+        })
+    }
+
+    /// Its subcommand, and what its section is called.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Dispatch => ("dispatch", "Dispatch and combine against raw TCP"),
+            Self::Expert => ("expert", "One expert against memory bandwidth and libtorch"),
+            Self::Start => ("start", "Start and memory of workers"),
+            Self::Ceiling => ("ceiling", "The ceiling of one router"),
+            Self::Phases => ("phases", "A decode step by phase"),
+            Self::Decode => ("decode", "A whole cluster against llama.cpp and transformers"),
+            Self::Serve => ("serve", "Batching and the prefix cache"),
+            Self::Overload => ("overload", "Goodput under overload"),
+            Self::Context => ("context", "By length of the context"),
         }
     }
-    print(cli.json, &machine, &reports)?;
-    Ok(())
-}
 
-/// What was measured.
-#[derive(Debug, Default)]
-struct Reports {
-    dispatch: Option<dispatch::Report>,
-    decode: Option<decode::Report>,
-    serve: Option<serve::Report>,
-    context: Option<context::Report>,
-}
-
-/// What else the machine did when the run began: a reader must know before believing a ratio.
-struct Machine {
-    cores: usize,
-    /// Runnable tasks over the last minute; absent where the kernel does not say.
-    load: Option<f64>,
-}
-
-impl Machine {
-    fn now() -> Self {
-        let text = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
-        let load = text.split_whitespace().next().and_then(|first| first.parse().ok());
-        Self { cores: std::thread::available_parallelism().map_or(1, usize::from), load }
+    fn section(self, report: &impl fmt::Display, json: Value) -> Section {
+        let (name, title) = self.names();
+        Section { name, title, text: report.to_string(), json }
     }
 
-    fn is_busy(&self) -> bool {
-        self.load.is_some_and(|load| load > 0.5 * self.cores as f64)
+    fn missing(self, error: &anyhow::Error) -> Section {
+        let (name, title) = self.names();
+        eprintln!("{name}: {error:#}");
+        Section {
+            name,
+            title,
+            text: format!("{title}: could not be measured: {error:#}\n"),
+            json: json!({ "missing": format!("{error:#}") }),
+        }
     }
-}
-
-fn print(json: bool, machine: &Machine, reports: &Reports) -> std::io::Result<()> {
-    let Reports { dispatch, decode, serve, context } = reports;
-    let mut out = std::io::stdout().lock();
-    if json {
-        let report = serde_json::json!({
-            "cores": machine.cores,
-            "load_before": machine.load,
-            "dispatch": dispatch.as_ref().map(dispatch::Report::to_json),
-            "decode": decode.as_ref().map(decode::Report::to_json),
-            "serve": serve.as_ref().map(serve::Report::to_json),
-            "context": context.as_ref().map(context::Report::to_json),
-        });
-        return writeln!(out, "{report:#}");
-    }
-    let tables = [
-        dispatch.as_ref().map(ToString::to_string),
-        decode.as_ref().map(ToString::to_string),
-        serve.as_ref().map(ToString::to_string),
-        context.as_ref().map(ToString::to_string),
-    ];
-    writeln!(out, "{}", tables.into_iter().flatten().collect::<Vec<_>>().join("\n"))?;
-    if machine.is_busy() {
-        let (load, cores) = (machine.load.unwrap_or_default(), machine.cores);
-        writeln!(
-            out,
-            "This machine was busy when the run began (load {load:.1} on {cores} cores): take the ratios as rough."
-        )?;
-        writeln!(out, "Who spins while waiting, as transformers' OpenMP threads do, suffers most.")?;
-    }
-    Ok(())
 }

@@ -56,7 +56,7 @@ async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {
     for turn in 1..=TURNS {
         eprintln!("serve: turn {turn} of {TURNS}, one stream, then {STREAMS}");
         for (streams, rate) in [(1, &mut report.one_stream), (STREAMS, &mut report.all_streams)] {
-            rate.push(decode_rate(cluster, &mut prompts, streams).await?);
+            rate.push(decode_rate(cluster, &mut prompts, streams, STREAM_PROMPT, STREAM_TOKENS).await?);
         }
     }
     for pair in 1..=PAIRS {
@@ -72,10 +72,16 @@ async fn in_turns(cluster: &Cluster, model: &Path) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// Decode tokens/s of `streams` answers that are begun together, all of them together.
-async fn decode_rate(cluster: &Cluster, prompts: &mut Prompts, streams: usize) -> anyhow::Result<f64> {
-    let prompts: Vec<_> = (0..streams).map(|_| prompts.draw(STREAM_PROMPT)).collect();
-    let answers = try_join_all(prompts.iter().map(|prompt| cluster.generate(prompt, STREAM_TOKENS))).await?;
+/// Decode tokens/s of `streams` answers of `tokens` tokens that are begun together, all of them together.
+pub(crate) async fn decode_rate(
+    cluster: &Cluster,
+    prompts: &mut Prompts,
+    streams: usize,
+    prompt_tokens: usize,
+    tokens: u32,
+) -> anyhow::Result<f64> {
+    let prompts: Vec<_> = (0..streams).map(|_| prompts.draw(prompt_tokens)).collect();
+    let answers = try_join_all(prompts.iter().map(|prompt| cluster.generate(prompt, tokens))).await?;
     let arrivals: Vec<_> = answers.into_iter().map(|answer| answer.arrivals).collect();
     rate_while_all_decode(&arrivals)
 }

@@ -19,6 +19,10 @@ impl Samples {
         self.push(took.as_secs_f64() * 1e6);
     }
 
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// The smallest sample that at least `fraction` of all samples do not exceed; NaN without samples.
     pub(crate) fn quantile(&self, fraction: f64) -> f64 {
         let mut sorted = self.0.clone();

@@ -48,7 +48,9 @@ pub mod sampler;
 pub mod compute;
 pub mod wire;
 
-// The whole model in one process: what the cluster is tested against.
+// The whole model in one process: what the cluster is tested against. And one expert as libtorch alone would have it: what
+// ours is measured against.
 pub mod oracle;
+pub mod plain;
 
 pub use hidden::Hidden;

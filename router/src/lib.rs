@@ -15,6 +15,7 @@ pub mod sequence;
 pub mod scheduler;
 pub mod engine;
 mod stall;
+pub mod phases;
 pub mod moe;
 pub mod workers;
 pub mod load;

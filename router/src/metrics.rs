@@ -16,6 +16,7 @@ use prometheus_client::{
     collector::Collector,
     encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric},
     metrics::{
+        MetricType,
         counter::{ConstCounter, Counter},
         family::Family,
         gauge::Gauge,
@@ -24,6 +25,7 @@ use prometheus_client::{
 
 use crate::{
     engine::pass::Spent,
+    phases::Phase,
     scheduler::{
         blocks::BlockPool,
         policy::{Candidate, Grant, Standing},
@@ -42,7 +44,7 @@ pub(crate) fn register(registry: &Registry, workers: Workers) {
 
 impl Collector for Dispatches {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        let Counters { rows, batches, refused, lost, corrupt, late, hedges, hedges_won } = self.0.counters();
+        let Counters { rows, batches, refused, lost, corrupt, late, hedges, hedges_won, phases } = self.0.counters();
         let families: [(&str, &str, &AtomicU64); 8] = [
             ("dispatch_rows", "Rows sent to expert workers, once per worker they went to", rows),
             ("dispatch_batches", "Batches sent to expert workers", batches),
@@ -56,6 +58,11 @@ impl Collector for Dispatches {
         for (name, help, counter) in families {
             let counter = ConstCounter::new(counter.load(Relaxed));
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        let help = "Time by phase of a step; of wire, queue, expert and decode the sum over batches, which run beside each other";
+        let mut family = encoder.encode_descriptor("phase_seconds", help, None, MetricType::Counter)?;
+        for (phase, name) in Phase::ALL {
+            ConstCounter::new(phases.spent(phase).as_secs_f64()).encode(family.encode_family(&[("phase", name)])?)?;
         }
         Ok(())
     }

@@ -14,7 +14,10 @@ use conclave_model::{
 };
 use tokio::time::{Duration, Instant};
 
-use crate::moe::{Exchange, exchange};
+use crate::{
+    moe::{Exchange, exchange},
+    phases::{Phase, Phases},
+};
 
 /// What a pass computes with.
 #[derive(Clone, Copy, Debug)]
@@ -52,6 +55,18 @@ impl Spent {
         self.compute.set(self.compute.get() + began.elapsed());
         done
     }
+
+    /// The same, counted to a phase too.
+    pub fn in_phase<T>(&self, phases: &Phases, phase: Phase, work: impl FnOnce() -> T) -> T {
+        self.computing(|| phases.timed(phase, work))
+    }
+}
+
+impl Machine<'_> {
+    /// Where this router counts its time.
+    pub fn phases(&self) -> &Phases {
+        &self.exchange.workers.counters().phases
+    }
 }
 
 /// Computes the rows of `segments`, whose tokens are `tokens` one after the other, complete or not at all, before
@@ -80,24 +95,25 @@ pub async fn layer(
     deadline: Instant,
     spent: &Spent,
 ) -> Result<Hidden, exchange::Error> {
-    let (x, normed) = spent.computing(|| {
+    let phases = machine.phases();
+    let (x, normed) = spent.in_phase(phases, Phase::Attention, || {
         let x = block.attend(&x, batch, machine.cache);
         let normed = block.normed(&x);
         (x, normed)
     });
     let moe = match block.feed_forward() {
-        FeedForward::Dense(dense) => return Ok(spent.computing(|| dense.forward(&x, &normed))),
+        FeedForward::Dense(dense) => return Ok(spent.in_phase(phases, Phase::Dense, || dense.forward(&x, &normed))),
         FeedForward::Moe(moe) => moe,
     };
-    let (routing, rows) = spent.computing(|| (moe.route(&normed), normed.to_rows()));
+    let (routing, rows) = spent.in_phase(phases, Phase::Gate, || (moe.route(&normed), normed.to_rows()));
     let sent = Instant::now();
     // The exchange is polled first: its rows are on their way while the shared expert is computed here.
     let (routed, shared) = tokio::join!(
         biased;
         machine.exchange.routed(block.layer() as u32, &rows, &routing, deadline),
-        async { spent.computing(|| moe.shared(&normed)) }
+        async { spent.in_phase(phases, Phase::Shared, || moe.shared(&normed)) }
     );
     spent.away.set(spent.away.get() + sent.elapsed());
     let routed = routed?;
-    Ok(spent.computing(|| moe.finish(&x, &routed, shared)))
+    Ok(spent.in_phase(phases, Phase::Combine, || moe.finish(&x, &routed, shared)))
 }

@@ -21,6 +21,7 @@ use super::{
 };
 use crate::{
     moe::exchange,
+    phases::Phase,
     scheduler::policy::{self, Grant},
     sequence::EventSender,
 };
@@ -165,13 +166,16 @@ impl Engine {
             first += grant.tokens;
         }
         // One product for all: the head is as large as the vocabulary.
-        let logits = if rows.is_empty() { Vec::new() } else { self.transformer.logits(x, &rows) };
+        let head = || self.transformer.logits(x, &rows);
+        let logits = if rows.is_empty() { Vec::new() } else { self.machine().phases().timed(Phase::Head, head) };
         let mut logits = logits.as_slice();
-        for (index, rows) in takers {
-            let (own, rest) = logits.split_at(rows * vocab);
-            logits = rest;
-            self.draw_answers(sequences, index, own, vocab);
-        }
+        self.machine().phases().timed(Phase::Sample, || {
+            for (index, rows) in takers {
+                let (own, rest) = logits.split_at(rows * vocab);
+                logits = rest;
+                self.draw_answers(sequences, index, own, vocab);
+            }
+        });
     }
 
     /// Draws for one sequence; at its first token also for the request's other answers, which begin here.

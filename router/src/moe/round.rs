@@ -20,6 +20,7 @@ use super::{
     exchange::{Error, Exchange, Hedging, Mode},
     plan::{self, Assignment, Part, Standing},
 };
+use crate::phases::{Phase, Phases};
 use crate::workers::{Contents, Dispatch, Reach, Refusal, Reply, Snapshot};
 
 /// How long a worker that said BUSY is passed over: at least, and at most, whatever it asked for.
@@ -146,7 +147,8 @@ impl<'a> Round<'a> {
             }
             flying.extend(self.hedge(&snapshot).into_iter().map(Flight::reply));
             if self.todo.is_empty() && self.open == 0 {
-                return Ok(self.sum());
+                let exchange = self.exchange;
+                return Ok(exchange.workers.counters().phases.timed(Phase::Combine, || self.sum()));
             }
             let (waits, wake) = (!self.todo.is_empty(), self.wake());
             tokio::select! {
@@ -186,7 +188,8 @@ impl<'a> Round<'a> {
                 false => Standing::Ready,
             }
         };
-        match self.plan_by(snapshot, &self.todo, standing) {
+        let planned = self.phases().timed(Phase::Plan, || self.plan_by(snapshot, &self.todo, standing));
+        match planned {
             Ok(parts) => {
                 self.todo.clear();
                 self.exchange.stall.clear();
@@ -220,6 +223,10 @@ impl<'a> Round<'a> {
         let batches = self.exchange.workers.counters().batches.load(Relaxed);
         let turn = (batches.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32) as u32;
         plan::plan(assignments, holders, standing, speed, turn, self.exchange.most())
+    }
+
+    fn phases(&self) -> &Phases {
+        &self.exchange.workers.counters().phases
     }
 
     fn is_passed_over(&self, reach: &Reach) -> bool {
@@ -281,7 +288,7 @@ impl<'a> Round<'a> {
             job,
             lane,
             to: snapshot.workers[part.worker as usize].clone(),
-            dispatch: self.dispatch(snapshot, &part),
+            dispatch: self.phases().timed(Phase::Encode, || self.dispatch(snapshot, &part)),
             part,
             late_at: late_after.map(|after| Instant::now() + after),
             patience: self.exchange.patience,

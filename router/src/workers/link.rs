@@ -35,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{Counters, Pace, codec, probe};
+use crate::phases::Phase;
 
 /// How long a worker is avoided after a late answer: doubles from the first to the second with each one in a row.
 const TARDY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
@@ -364,7 +365,13 @@ impl Link {
             self.0.counters.late.fetch_add(1, Relaxed);
             return Ok(());
         };
-        let reply = codec::from_message(message, waiting.rows, self.0.hidden)?;
+        let (phases, away) = (&self.0.counters.phases, waiting.sent.elapsed());
+        let (queued, computed) = (Duration::from_micros(message.queue_us), Duration::from_micros(message.compute_us));
+        phases.add(Phase::Queue, queued.min(away));
+        phases.add(Phase::Expert, computed.min(away));
+        phases.add(Phase::Wire, away.saturating_sub(queued.saturating_add(computed)));
+        let decode = || codec::from_message(message, waiting.rows, self.0.hidden);
+        let reply = phases.timed(Phase::Decode, decode)?;
         self.0.stream.lock().heard(&waiting, Instant::now());
         if matches!(reply, codec::Reply::Rows(_)) {
             self.0.pace.observe(waiting.assignments, waiting.sent.elapsed());

@@ -28,6 +28,8 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+use crate::phases::Phases;
+
 pub use codec::{Contents, Dispatch, Refusal, Reply};
 pub use link::Link;
 pub use pace::Pace;
@@ -55,6 +57,8 @@ pub struct Counters {
     pub hedges: AtomicU64,
     /// Of them, those that others answered first.
     pub hedges_won: AtomicU64,
+    /// Where time went, the engine's too: who measures has this handle anyway.
+    pub phases: Phases,
 }
 
 impl Counters {

@@ -77,7 +77,7 @@ impl KvCache {
     }
 
     /// Where a layer's rows `[blocks * 64, C+R]` are written by kernels, while nobody reads [`blocks`](Self::blocks).
-    pub(crate) fn place(&self, layer: usize) -> Out {
+    pub(crate) fn place(&self, layer: usize) -> Out<'static> {
         tensor::out(&self.layers[layer])
     }
 

@@ -9,7 +9,7 @@ use crate::{
     expert::Expert,
     hidden::Hidden,
     kernels::{
-        Isa, Rows,
+        Isa, Rows, Source,
         product::Out,
         swiglu::{Network, swiglu},
     },
@@ -88,52 +88,70 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
     };
     let hidden = any.hidden_size();
     let mut outputs: Vec<Vec<f32>> = batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
-    for (computed, assignments) in each_expert(&experts, batches, hidden).iter().zip(experts.iter().map(|each| each.1)) {
-        for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments) {
-            outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
-        }
+    let row = |assignment: &Assignment| {
+        &batches[assignment.batch].hidden[assignment.row * hidden..(assignment.row + 1) * hidden]
+    };
+    if experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len())) {
+        by_kernels(&experts, &row, &mut outputs, hidden);
+    } else {
+        by_libtorch(&experts, &row, &mut outputs, hidden);
     }
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
 }
 
-/// Each expert's rows, f32 `[n, D]`: all experts as one piece of work where our kernels compute them, else one by one.
-fn each_expert(
+/// All experts as one piece of work, each row from where it lies to where it belongs.
+fn by_kernels<'a>(
     experts: &[(&Expert, &Vec<Assignment>)],
-    batches: &[&ExpertBatch],
+    row: &(dyn Fn(&Assignment) -> &'a [f32] + Sync),
+    outputs: &mut [Vec<f32>],
     hidden: usize,
-) -> Vec<Vec<f32>> {
-    let gathered: Vec<Vec<f32>> = experts
-        .iter()
-        .map(|(_, assignments)| {
-            let mut rows = Vec::with_capacity(assignments.len() * hidden);
-            for Assignment { batch, row, .. } in *assignments {
-                rows.extend_from_slice(&batches[*batch].hidden[row * hidden..(row + 1) * hidden]);
-            }
-            rows
-        })
-        .collect();
-    let by_kernels = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
-    if !by_kernels {
-        let one = |(expert, _): &(&Expert, _), rows: &Vec<f32>| {
-            expert.forward(&Hidden::from_rows(rows, hidden, expert.compute())).to_rows()
-        };
-        return experts.iter().zip(&gathered).map(|(expert, rows)| one(expert, rows)).collect();
-    }
-    let mut computed: Vec<Vec<f32>> = gathered.iter().map(|rows| vec![0.0; rows.len()]).collect();
+) {
+    let Some((any, _)) = experts.first() else { return };
+    let starts: Vec<*mut f32> = outputs.iter_mut().map(Vec::as_mut_ptr).collect();
+    let place = |Assignment { batch, index, .. }: &Assignment| starts[*batch].wrapping_add(index * hidden);
+    let places: Vec<Vec<*mut f32>> =
+        experts.iter().map(|(_, assignments)| assignments.iter().map(place).collect()).collect();
+    let rows: Vec<_> =
+        experts.iter().map(|(_, assignments)| move |nth: usize| Rows::F32(row(&assignments[nth]))).collect();
     let networks: Vec<Network<'_>> = experts
         .iter()
-        .zip(&gathered)
-        .zip(&mut computed)
-        .map(|(((expert, _), rows), computed)| expert.network(Rows::F32(rows), Out::F32(computed.as_mut_ptr())))
+        .zip(&rows)
+        .zip(&places)
+        .map(|(((expert, assignments), row), places)| {
+            expert.network(Source { rows: assignments.len(), row }, Out::Scattered(places))
+        })
         .collect();
-    if let Some((expert, _)) = experts.first() {
-        // SAFETY: each output is as large as its rows, and nobody else touches it until this returns.
-        #[allow(unsafe_code)]
-        unsafe {
-            swiglu(Isa::best(), expert.compute().dtype, &networks);
-        }
+    // SAFETY: every assignment has a row of its own in the outputs, which nobody else touches until this returns.
+    #[allow(unsafe_code)]
+    unsafe {
+        swiglu(Isa::best(), any.compute().dtype, &networks);
     }
-    computed
+}
+
+/// One copy to the device and one back, whatever the number of experts: between them a GPU is never waited for.
+fn by_libtorch<'a>(
+    experts: &[(&Expert, &Vec<Assignment>)],
+    row: &dyn Fn(&Assignment) -> &'a [f32],
+    outputs: &mut [Vec<f32>],
+    hidden: usize,
+) {
+    let Some((any, _)) = experts.first() else { return };
+    let assignments = || experts.iter().flat_map(|(_, assignments)| assignments.iter());
+    let gathered: Vec<f32> = assignments().flat_map(|assignment| row(assignment).iter().copied()).collect();
+    let rows = Hidden::from_rows(&gathered, hidden, any.compute());
+    let mut first = 0;
+    let parts: Vec<Hidden> = experts
+        .iter()
+        .map(|(expert, assignments)| {
+            let part = expert.forward(&rows.run(first, assignments.len()));
+            first += assignments.len();
+            part
+        })
+        .collect();
+    let computed = Hidden::one_after_the_other(&parts).to_rows();
+    for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments()) {
+        outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
+    }
 }
 
 /// Per row the weighted sum over its assignments, in the batch's order, where weights are given.

@@ -10,7 +10,7 @@ use crate::{
     device::{Compute, Device},
     hidden::Hidden,
     kernels::{
-        Isa, Rows,
+        Isa, Source,
         product::Out,
         swiglu::{Network, swiglu},
         tensor,
@@ -53,7 +53,9 @@ impl Mlp {
         }
         let x = x.contiguous();
         let y = Tensor::empty(x.size().as_slice(), (x.kind(), tch::Device::Cpu));
-        let network = self.network(tensor::rows(&x), tensor::out(&y));
+        let (rows, hidden) = (tensor::rows(&x), x.size()[1] as usize);
+        let row = |row: usize| rows.part(row * hidden, hidden);
+        let network = self.network(Source { rows: x.size()[0] as usize, row: &row }, tensor::out(&y));
         // SAFETY: `y` is as large as `x`, and nobody else's yet.
         #[allow(unsafe_code)]
         unsafe {
@@ -66,7 +68,7 @@ impl Mlp {
         [&self.gate, &self.up, &self.down].into_iter().all(|linear| linear.for_libtorch(rows).is_some())
     }
 
-    fn network<'a>(&'a self, x: Rows<'a>, out: Out) -> Network<'a> {
+    fn network<'a>(&'a self, x: Source<'a>, out: Out<'a>) -> Network<'a> {
         Network { gate: self.gate.matrix(), up: self.up.matrix(), down: self.down.matrix(), x, out }
     }
 }
@@ -108,8 +110,8 @@ impl Expert {
         self.compute.device == Device::Cpu && !self.mlp.for_libtorch(rows as i64)
     }
 
-    /// As kernels see it, with rows `[n, D]` and where theirs go.
-    pub(crate) fn network<'a>(&'a self, x: Rows<'a>, out: Out) -> Network<'a> {
+    /// As kernels see it, with rows `[n, D]` and where what becomes of them goes.
+    pub(crate) fn network<'a>(&'a self, x: Source<'a>, out: Out<'a>) -> Network<'a> {
         self.mlp.network(x, out)
     }
 }

@@ -42,6 +42,16 @@ impl Hidden {
         self.select(&rows.iter().map(|&row| row as i64).collect::<Vec<_>>())
     }
 
+    /// `len` rows from `first` on, in the same memory.
+    pub(crate) fn run(&self, first: usize, len: usize) -> Self {
+        Self(self.0.narrow(0, first as i64, len as i64))
+    }
+
+    /// The rows of all of `parts`, which are some.
+    pub(crate) fn one_after_the_other(parts: &[Self]) -> Self {
+        Self(Tensor::cat(&parts.iter().map(|part| &part.0).collect::<Vec<_>>(), 0))
+    }
+
     /// The rows at `indices`, in that order.
     pub(crate) fn select(&self, indices: &[i64]) -> Self {
         Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))

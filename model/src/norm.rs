@@ -102,7 +102,7 @@ impl RowNorm<'_> {
     /// # Safety
     /// There is room for it, which nobody else touches meanwhile.
     #[allow(unsafe_code)]
-    unsafe fn write(self, row: Rows<'_>, out: Out, at: usize) {
+    unsafe fn write(self, row: Rows<'_>, out: Out<'_>, at: usize) {
         let mut values = row.to_f32(Isa::best());
         self.apply(&mut values, matches!(row, Rows::Bf16(_)));
         // SAFETY: the caller's.

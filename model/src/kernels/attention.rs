@@ -15,7 +15,7 @@ use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{Format, Memory, Operand, Rows, TILE_ROWS, round},
+    operand::{Format, Memory, Operand, Rows, Source, TILE_ROWS, round},
     product::{STRIP, with_scratch},
     rowwise, team,
 };
@@ -183,7 +183,7 @@ fn compute(isa: Isa, shape: Shape, blocks: Blocks<'_>, queries: &[f32], span: Sp
         let at = ((span.first + row) * shape.heads + head) * shape.width;
         Rows::F32(&queries[at..][..shape.width])
     };
-    let x = Operand::gathered(format, (last - first) * heads, shape.width, &q);
+    let x = Operand::gathered(format, shape.width, Source { rows: (last - first) * heads, row: &q });
     let all = (span.before + last).div_ceil(BLOCK_TOKENS);
     let chunk = |number: usize| number * CHUNK_BLOCKS..all.min((number + 1) * CHUNK_BLOCKS);
     let queries = Queries { isa, shape, blocks, span, x, first, heads };

@@ -36,4 +36,4 @@ pub(crate) mod tensor;
 
 pub(crate) use isa::Isa;
 pub(crate) use matrix::Matrix;
-pub(crate) use operand::{Format, Operand, Rows};
+pub(crate) use operand::{Format, Operand, Rows, Source};

@@ -87,6 +87,15 @@ impl<'a> Rows<'a> {
     }
 }
 
+/// Rows wherever they are.
+#[derive(Clone, Copy)]
+pub(crate) struct Source<'a> {
+    /// T
+    pub(crate) rows: usize,
+    /// The values of row t.
+    pub(crate) row: &'a (dyn Fn(usize) -> Rows<'a> + Sync),
+}
+
 /// Rows in a [`Format`].
 #[derive(Debug)]
 pub(crate) struct Operand {
@@ -117,16 +126,11 @@ impl Operand {
     pub(crate) fn of(format: Format, rows: Rows<'_>, inner: usize) -> Self {
         let len = rows.len();
         assert!(inner > 0 && len.is_multiple_of(inner), "{len} values are no rows of {inner}");
-        Self::gathered(format, len / inner, inner, &|row| rows.part(row * inner, inner))
+        Self::gathered(format, inner, Source { rows: len / inner, row: &|row| rows.part(row * inner, inner) })
     }
 
-    /// Of `rows` rows, `row(t)` being the values of row t. Panics where they are not `inner` values.
-    pub(crate) fn gathered<'a>(
-        format: Format,
-        rows: usize,
-        inner: usize,
-        row: &(dyn Fn(usize) -> Rows<'a> + Sync),
-    ) -> Self {
+    /// Panics where a row is not `inner` values.
+    pub(crate) fn gathered(format: Format, inner: usize, Source { rows, row }: Source<'_>) -> Self {
         let operand = Self::empty(format, rows, inner);
         let lay_out = |t: usize| {
             let values = row(t);

@@ -24,24 +24,27 @@ const BYTES_FOR_TEAM: usize = 64 * 1024;
 
 /// Where rows `[T, out]` go.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Out {
+pub(crate) enum Out<'a> {
+    /// One after the other.
     F32(*mut f32),
     Bf16(*mut bf16),
+    /// Each where its own pointer says.
+    Scattered(&'a [*mut f32]),
 }
 
 // SAFETY: tasks write to parts of it that do not overlap; whoever makes one keeps the memory to himself meanwhile.
-unsafe impl Send for Out {}
+unsafe impl Send for Out<'_> {}
 // SAFETY: as above.
-unsafe impl Sync for Out {}
+unsafe impl Sync for Out<'_> {}
 
 /// One product: rows of `x` by `matrix`, and `bias` `[out]` added where there is one. Row t goes to `out` from
-/// `t * stride + offset` on.
+/// `t * stride + offset` on, or from `offset` on where it has a place of its own.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Job<'a> {
     pub(crate) x: &'a Operand,
     pub(crate) matrix: Matrix<'a>,
     pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) out: Out,
+    pub(crate) out: Out<'a>,
     pub(crate) stride: usize,
     pub(crate) offset: usize,
 }
@@ -65,7 +68,7 @@ pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
                         y.iter_mut().zip(&bias[first..]).for_each(|(y, bias)| *y += bias);
                     }
                     // SAFETY: row `row`, outputs `first..first + outs`: within `out`, and this task's alone.
-                    unsafe { out.write(row * stride + offset + first, y) };
+                    unsafe { out.write_row(row, stride, offset + first, y) };
                 }
             }
         });
@@ -93,9 +96,26 @@ pub(super) fn run_all(work: &[Work], task: &(dyn Fn(usize, std::ops::Range<usize
     if bytes < BYTES_FOR_TEAM { (0..runs).for_each(one) } else { team::run(runs, &one) }
 }
 
-impl Out {
+impl Out<'_> {
+    /// Of row `row`, from `at` on.
+    ///
     /// # Safety
-    /// `values` fit in from `at` on, and nobody else touches that meanwhile.
+    /// `values` fit in there, and nobody else touches that meanwhile.
+    #[inline]
+    pub(crate) unsafe fn write_row(self, row: usize, stride: usize, at: usize, values: &[f32]) {
+        // SAFETY: the caller's.
+        unsafe {
+            match self {
+                Self::Scattered(rows) => Self::F32(rows[row]).write(at, values),
+                flat => flat.write(row * stride + at, values),
+            }
+        }
+    }
+
+    /// From `at` on; to memory that is not scattered.
+    ///
+    /// # Safety
+    /// As [`write_row`](Self::write_row)'s.
     #[inline]
     pub(crate) unsafe fn write(self, at: usize, values: &[f32]) {
         // SAFETY: the caller's; a BF16 number and a u16 have one layout.
@@ -106,6 +126,7 @@ impl Out {
                     let to = std::slice::from_raw_parts_mut(to.add(at).cast::<u16>(), values.len());
                     to.iter_mut().zip(values).for_each(|(to, value)| *to = round(*value));
                 }
+                Self::Scattered(_) => unreachable!("scattered rows are written by row"),
             }
         }
     }

@@ -5,14 +5,14 @@
 use super::{
     isa::Isa,
     matrix::Matrix,
-    operand::{Format, Operand, Rows},
+    operand::{Format, Operand, Source},
     product::{self, Job, Out, STRIP, Work, following, place, products, run_all},
     rowwise,
 };
 use crate::device::Dtype;
 
 /// One network and the rows that go through it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy)]
 pub(crate) struct Network<'a> {
     /// `[I, D]`
     pub(crate) gate: Matrix<'a>,
@@ -21,9 +21,9 @@ pub(crate) struct Network<'a> {
     /// `[D, I]`
     pub(crate) down: Matrix<'a>,
     /// `[n, D]`
-    pub(crate) x: Rows<'a>,
+    pub(crate) x: Source<'a>,
     /// `[n, D]`
-    pub(crate) out: Out,
+    pub(crate) out: Out<'a>,
 }
 
 /// Computes all of `networks`. Between the two halves values are BF16 where the model computes in that, else f32.
@@ -32,7 +32,7 @@ pub(crate) struct Network<'a> {
 /// Every network's `out` has room for its rows, which nobody else touches meanwhile.
 pub(crate) unsafe fn swiglu(isa: Isa, dtype: Dtype, networks: &[Network<'_>]) {
     let lay_out = |network: &Network<'_>, matrix: &Matrix<'_>| {
-        Operand::of(Format::of(isa, dtype, matrix), network.x, network.gate.inner)
+        Operand::gathered(Format::of(isa, dtype, matrix), network.gate.inner, network.x)
     };
     let for_gate: Vec<Operand> = networks.iter().map(|network| lay_out(network, &network.gate)).collect();
     // Both are stored alike, as a rule.
@@ -92,6 +92,7 @@ mod tests {
 
     use super::{super::reference, *};
     use crate::kernels::{
+        Rows,
         product::tests::{Stored, numbers, stored},
         team,
     };
@@ -132,12 +133,18 @@ mod tests {
 
     fn compute(isa: Isa, dtype: Dtype, networks: &[(&Weights, &[f32])]) -> Vec<Vec<f32>> {
         let mut out: Vec<Vec<f32>> = networks.iter().map(|(_, x)| vec![f32::NAN; x.len()]).collect();
+        let rows: Vec<_> = networks
+            .iter()
+            .map(|(weights, x)| |row: usize| Rows::F32(&x[row * weights.hidden..][..weights.hidden]))
+            .collect();
         let networks: Vec<Network<'_>> = networks
             .iter()
+            .zip(&rows)
             .zip(&mut out)
-            .map(|((weights, x), out)| {
+            .map(|(((weights, x), row), out)| {
                 let [gate, up, down] = weights.matrices();
-                Network { gate, up, down, x: Rows::F32(x), out: Out::F32(out.as_mut_ptr()) }
+                let x = Source { rows: x.len() / weights.hidden, row };
+                Network { gate, up, down, x, out: Out::F32(out.as_mut_ptr()) }
             })
             .collect();
         // SAFETY: as many values come out as went in.

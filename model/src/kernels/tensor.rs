@@ -30,7 +30,7 @@ pub(crate) fn rows(tensor: &Tensor) -> Rows<'_> {
 }
 
 /// A tensor's memory, to be written to. The tensor must be kept, and not be read meanwhile.
-pub(crate) fn out(tensor: &Tensor) -> Out {
+pub(crate) fn out(tensor: &Tensor) -> Out<'static> {
     check(tensor, tensor.kind());
     match tensor.kind() {
         Kind::Float => Out::F32(tensor.data_ptr().cast()),

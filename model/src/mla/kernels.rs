@@ -3,7 +3,6 @@
 //! In: normed rows and their sequences. Out: one row each. Never here: libtorch's arithmetic, a tensor but for what comes
 //! and goes.
 
-use half::bf16;
 use tch::{Device, Kind, Tensor};
 
 use super::Mla;
@@ -12,7 +11,7 @@ use crate::{
     cache::KvCache,
     device::Dtype,
     kernels::{
-        Format, Isa, Matrix, Operand, Rows,
+        Format, Isa, Matrix, Operand, Rows, Source,
         attention::{self, Shape, Span},
         matrix::Values,
         product::{Job, Out, products},
@@ -106,7 +105,7 @@ impl Mla {
         weights: &Tensor,
         rows: usize,
         row: &(dyn Fn(usize, usize) -> Rows<'a> + Sync),
-        (out, stride, each): (Out, usize, usize),
+        (out, stride, each): (Out<'_>, usize, usize),
     ) {
         let size = weights.size();
         let [heads, columns, inner] = [size[0], size[1], size[2]].map(|size| size as usize);
@@ -125,7 +124,7 @@ impl Mla {
             .enumerate()
             .map(|(head, matrix)| {
                 let format = Format::of(Isa::best(), dtype, matrix);
-                Operand::gathered(format, rows, inner, &|t| row(t, head))
+                Operand::gathered(format, inner, Source { rows, row: &|t| row(t, head) })
             })
             .collect();
         let jobs: Vec<Job<'_>> = matrices
@@ -152,6 +151,3 @@ fn by_rows(rows: usize, work: &(dyn Fn(usize) + Sync)) {
         (part * ROWS_AT_ONCE..rows.min((part + 1) * ROWS_AT_ONCE)).for_each(work);
     });
 }
-
-/// The type of a cache's BF16 rows is the kernels' own.
-const _: () = assert!(size_of::<bf16>() == 2);

@@ -255,7 +255,7 @@ impl Queries<'_> {
             for half in 0..BLOCK_TOKENS / STRIP {
                 // While this is multiplied, the same part of the next block is fetched.
                 let ahead = if next.is_null() { next } else { next.wrapping_add(half * STRIP * keys.row_bytes()) };
-                let products = scratch.strip(self.isa, &keys, half, ahead, &self.x);
+                let products = scratch.strip(self.isa, &keys, half, ahead, &self.x.view(0..self.x.rows));
                 for (scores, products) in scores.iter_mut().zip(products.chunks_exact(STRIP)) {
                     scores[half * STRIP..][..STRIP].copy_from_slice(products);
                 }

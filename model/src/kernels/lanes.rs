@@ -10,7 +10,7 @@ use half::bf16;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{Operand, widen},
+    operand::{View, widen},
 };
 use crate::checkpoint::fp8::decode_e4m3;
 
@@ -72,8 +72,8 @@ impl Element for u8 {
 }
 
 /// Outputs `first..first + outs` of `x W^T`, at most 32 of them, into `y` `[T, 32]`.
-pub(super) fn strip(isa: Isa, matrix: &Matrix<'_>, first: usize, outs: usize, x: &Operand, y: &mut [f32]) {
-    assert!(outs <= STRIP && first + outs <= matrix.out && x.inner == matrix.inner && y.len() >= x.rows * STRIP);
+pub(super) fn strip(isa: Isa, matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32]) {
+    assert!(outs <= STRIP && first + outs <= matrix.out && x.inner() == matrix.inner && y.len() >= x.rows * STRIP);
     // SAFETY: an `Isa` is only ever one that this processor has; the sizes were checked above.
     unsafe {
         match isa {
@@ -88,14 +88,14 @@ pub(super) fn strip(isa: Isa, matrix: &Matrix<'_>, first: usize, outs: usize, x:
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,f16c,fma,avx2")]
-unsafe fn strip_avx512(matrix: &Matrix<'_>, first: usize, outs: usize, x: &Operand, y: &mut [f32]) {
+unsafe fn strip_avx512(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32]) {
     // SAFETY: the caller's.
     unsafe { strip_of::<Avx512>(matrix, first, outs, x, y) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &Operand, y: &mut [f32]) {
+unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32]) {
     // SAFETY: the caller's.
     unsafe { strip_of::<Avx2>(matrix, first, outs, x, y) }
 }
@@ -103,7 +103,7 @@ unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &Operand
 /// # Safety
 /// The processor has what `L` needs, and sizes are as [`strip`] checks them.
 #[inline(always)]
-unsafe fn strip_of<L: Lanes>(matrix: &Matrix<'_>, first: usize, outs: usize, x: &Operand, y: &mut [f32]) {
+unsafe fn strip_of<L: Lanes>(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32]) {
     // SAFETY: the caller's.
     unsafe {
         match matrix.values {
@@ -120,7 +120,7 @@ unsafe fn typed<L: Lanes, W: Element>(
     matrix: &Matrix<'_>,
     first: usize,
     outs: usize,
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
 ) {
     let weights = values.as_ptr().wrapping_add(first * matrix.inner);
@@ -161,7 +161,7 @@ unsafe fn typed<L: Lanes, W: Element>(
 unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
     (weights, out, row): (*const W, usize, usize),
     matrix: &Matrix<'_>,
-    x: &Operand,
+    x: &View<'_>,
     y: *mut f32,
 ) {
     let rows: [*const f32; R] = std::array::from_fn(|r| x.lanes(row + r));

@@ -3,6 +3,7 @@
 
 use std::{
     alloc::{Layout, alloc, alloc_zeroed, dealloc, handle_alloc_error},
+    ops::Range,
     ptr::NonNull,
 };
 
@@ -140,39 +141,96 @@ impl Operand {
                 Rows::Bf16(values) => operand.put_bf16(t, values),
             }
         };
-        if rows >= ROWS_FOR_TEAM {
-            team::run(rows.div_ceil(TILE_ROWS), &|tile| {
-                (tile * TILE_ROWS..rows.min((tile + 1) * TILE_ROWS)).for_each(lay_out);
-            });
-        } else {
-            (0..rows).for_each(lay_out);
-        }
+        let group = |group: usize| {
+            if !operand.lay_out_group(group, row) {
+                (group * TILE_ROWS..rows.min((group + 1) * TILE_ROWS)).for_each(lay_out);
+            }
+        };
+        let groups = rows.div_ceil(TILE_ROWS);
+        if rows >= ROWS_FOR_TEAM { team::run(groups, &group) } else { (0..groups).for_each(group) }
         operand
     }
 
+    /// A whole group of 16 rows into tiles at once; `false` where it is no such group, or rows are not whole steps.
+    fn lay_out_group<'a>(&self, group: usize, row: &(dyn Fn(usize) -> Rows<'a> + Sync)) -> bool {
+        let whole = self.format == Format::Tiles
+            && self.inner.is_multiple_of(STEP)
+            && (group + 1) * TILE_ROWS <= self.rows;
+        if !whole {
+            return false;
+        }
+        let lines: [Rows<'_>; TILE_ROWS] = std::array::from_fn(|line| row(group * TILE_ROWS + line));
+        assert!(lines.iter().all(|line| line.len() == self.inner), "whole rows");
+        #[cfg(target_arch = "x86_64")]
+        for step in 0..self.inner / STEP {
+            let to = self.tile(group, step).cast_mut();
+            let (mut wide, mut half) = ([std::ptr::null(); TILE_ROWS], [std::ptr::null(); TILE_ROWS]);
+            for (at, line) in lines.iter().enumerate() {
+                match line {
+                    Rows::F32(values) => wide[at] = values[step * STEP..].as_ptr(),
+                    Rows::Bf16(values) => half[at] = values[step * STEP..].as_ptr(),
+                }
+            }
+            // SAFETY: tiles are chosen only where the processor has them; every line has a whole step from there on, and
+            // step `step` of the group is a tile of 1 KiB.
+            unsafe {
+                if half.iter().all(|line| line.is_null()) {
+                    super::tiles::lay_out_f32(wide, to);
+                } else if wide.iter().all(|line| line.is_null()) {
+                    super::tiles::lay_out_bf16(half, to);
+                } else {
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// Writes the lines of `values`, one per row of `rows` and `stride` apart, from `start` on: `len` of each. Of the operand's
+    /// rows these are a [`view`](Self::view).
+    pub(super) fn put_all(&self, rows: Range<usize>, (start, len): (usize, usize), values: &[f32], stride: usize) {
+        let mut first = 0;
+        #[cfg(target_arch = "x86_64")]
+        if self.format == Format::Tiles && len == STEP && start.is_multiple_of(STEP) {
+            while first + TILE_ROWS <= rows.len() && self.columns() == TILE_ROWS {
+                let lines = std::array::from_fn(|line| values[(first + line) * stride..][..len].as_ptr());
+                // SAFETY: as above.
+                unsafe { super::tiles::lay_out_f32(lines, self.tile((rows.start + first) / TILE_ROWS, start / STEP).cast_mut()) };
+                first += TILE_ROWS;
+            }
+        }
+        (first..rows.len()).for_each(|row| self.put(rows.start + row, start, &values[row * stride..][..len]));
+    }
+
+    /// Rows `rows` of it, which begin with a whole group where they do not begin with the first.
+    pub(super) fn view(&self, rows: Range<usize>) -> View<'_> {
+        debug_assert!(rows.start.is_multiple_of(TILE_ROWS) && rows.end <= self.rows);
+        View { operand: self, first: rows.start, rows: rows.len() }
+    }
+
     /// Rows of a tile.
-    pub(super) fn columns(&self) -> usize {
+    fn columns(&self) -> usize {
         columns(self.rows)
     }
 
     /// Values of a padded row.
-    pub(super) fn padded(&self) -> usize {
+    fn padded(&self) -> usize {
         self.inner.next_multiple_of(2 * STEP)
     }
 
-    /// Bytes in front of tile row group `group`, which has [`columns`](Self::columns) rows, at step `step`.
-    pub(super) fn tile(&self, group: usize, step: usize) -> *const u8 {
+    /// Where tile row group `group`, which has [`columns`](Self::columns) rows, begins at step `step`.
+    fn tile(&self, group: usize, step: usize) -> *const u8 {
         let columns = self.columns();
         self.memory.start().wrapping_add((group * self.padded() / STEP + step) * columns * STEP * 2)
     }
 
     /// f32 values of `row`, in [`Format::Lanes`].
-    pub(super) fn lanes(&self, row: usize) -> *const f32 {
+    fn lanes(&self, row: usize) -> *const f32 {
         self.memory.start().cast::<f32>().wrapping_add(row * self.inner)
     }
 
     /// BF16 values of `row`, in [`Format::Pairs`].
-    pub(super) fn pairs(&self, row: usize) -> *const bf16 {
+    fn pairs(&self, row: usize) -> *const bf16 {
         self.memory.start().cast::<bf16>().wrapping_add(row * self.padded())
     }
 
@@ -245,6 +303,44 @@ impl Operand {
             // SAFETY: as above.
             unsafe { to.wrapping_add(pairs.len() * columns).write(u32::from(*last)) };
         }
+    }
+}
+
+/// Some rows of an operand, numbered from 0: what a kernel multiplies.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct View<'a> {
+    operand: &'a Operand,
+    first: usize,
+    pub(super) rows: usize,
+}
+
+impl View<'_> {
+    pub(super) fn format(&self) -> Format {
+        self.operand.format
+    }
+
+    pub(super) fn inner(&self) -> usize {
+        self.operand.inner
+    }
+
+    pub(super) fn columns(&self) -> usize {
+        self.operand.columns()
+    }
+
+    pub(super) fn padded(&self) -> usize {
+        self.operand.padded()
+    }
+
+    pub(super) fn tile(&self, group: usize, step: usize) -> *const u8 {
+        self.operand.tile(self.first / self.columns() + group, step)
+    }
+
+    pub(super) fn lanes(&self, row: usize) -> *const f32 {
+        self.operand.lanes(self.first + row)
+    }
+
+    pub(super) fn pairs(&self, row: usize) -> *const bf16 {
+        self.operand.pairs(self.first + row)
     }
 }
 

@@ -9,7 +9,7 @@ use half::bf16;
 use super::{
     lanes::add_up,
     matrix::{Matrix, Values},
-    operand::{Operand, STEP},
+    operand::{STEP, View},
     tiles::Tables,
 };
 
@@ -29,11 +29,11 @@ pub(super) unsafe fn strip(
     matrix: &Matrix<'_>,
     first: usize,
     outs: usize,
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
     decoded: &mut Vec<u16>,
 ) {
-    assert!(outs <= STRIP && first + outs <= matrix.out && x.inner == matrix.inner && y.len() >= x.rows * STRIP);
+    assert!(outs <= STRIP && first + outs <= matrix.out && x.inner() == matrix.inner && y.len() >= x.rows * STRIP);
     y[..x.rows * STRIP].fill(0.0);
     let inner = matrix.inner;
     match matrix.values {
@@ -72,7 +72,7 @@ unsafe fn stretch(
     (weights, stride): (*const u16, usize),
     part: std::ops::Range<usize>,
     outs: usize,
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
     scales: &[f32; STRIP],
 ) {
@@ -113,7 +113,7 @@ unsafe fn stretch(
 unsafe fn block<const O: usize, const R: usize>(
     (weights, stride): (*const u16, usize),
     part: &std::ops::Range<usize>,
-    x: &Operand,
+    x: &View<'_>,
     row: usize,
     y: *mut f32,
     scales: &[f32],

@@ -1,7 +1,7 @@
 //! `y = x W^T + b` over a team. In: an operand and a matrix. Out: f32 or BF16 rows where the caller wants them. Never here:
 //! how a strip is summed.
 
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
 use half::bf16;
 
@@ -11,7 +11,7 @@ use super::{
     isa::Isa,
     lanes,
     matrix::Matrix,
-    operand::{Format, Operand, round},
+    operand::{Format, Operand, View, round},
     team,
 };
 
@@ -19,6 +19,8 @@ use super::{
 pub(super) const STRIP: usize = lanes::STRIP;
 /// Strips that one thread takes at once, at most: what it reads next it can have fetched.
 const MOST_STRIPS: usize = 8;
+/// Rows that one thread takes at once, at most: they and their strips' weights stay in a core's own cache.
+const MOST_ROWS: usize = 256;
 /// A product of less is done where it is asked for: waking others takes longer.
 const BYTES_FOR_TEAM: usize = 64 * 1024;
 
@@ -55,15 +57,15 @@ pub(crate) struct Job<'a> {
 /// Every job's `out` has room for its rows, which no other job and nobody else touches meanwhile.
 pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
     let work: Vec<Work> = jobs.iter().map(|job| Work::of(&job.matrix, job.x.rows, jobs.len())).collect();
-    run_all(&work, &|index, strips| {
+    run_all(&work, &|index, strips, rows| {
         let Job { x, matrix, bias, out, stride, offset } = jobs[index];
         with_scratch(|scratch| {
             for strip in strips.clone() {
                 let next = following(&matrix, strip, &strips);
                 let (first, outs) = place(strip, matrix.out);
-                let y = scratch.strip(isa, &matrix, strip, next, x);
-                for row in 0..x.rows {
-                    let y = &mut y[row * STRIP..][..outs];
+                let y = scratch.strip(isa, &matrix, strip, next, &x.view(rows.clone()));
+                for (row, y) in rows.clone().zip(y.chunks_exact_mut(STRIP)) {
+                    let y = &mut y[..outs];
                     if let Some(bias) = bias {
                         y.iter_mut().zip(&bias[first..]).for_each(|(y, bias)| *y += bias);
                     }
@@ -76,18 +78,21 @@ pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
 }
 
 /// Where the strip after `strip` lies, if it is of the same run.
-pub(super) fn following(matrix: &Matrix<'_>, strip: usize, strips: &std::ops::Range<usize>) -> *const u8 {
+pub(super) fn following(matrix: &Matrix<'_>, strip: usize, strips: &Range<usize>) -> *const u8 {
     if strip + 1 < strips.end { matrix.row((strip + 1) * STRIP) } else { std::ptr::null() }
 }
 
-/// Does every job's runs of strips, each once.
-pub(super) fn run_all(work: &[Work], task: &(dyn Fn(usize, std::ops::Range<usize>) + Sync)) {
+/// Strips of a job and rows of it.
+type Task<'a> = dyn Fn(usize, Range<usize>, Range<usize>) + Sync + 'a;
+
+/// Does every job's runs of strips and rows, each once.
+pub(super) fn run_all(work: &[Work], task: &Task<'_>) {
     let runs: usize = work.iter().map(Work::runs).sum();
     let bytes: usize = work.iter().map(|work| work.bytes).sum();
     let one = |mut run: usize| {
         for (index, work) in work.iter().enumerate() {
             if run < work.runs() {
-                return task(index, work.strips(run));
+                return task(index, work.strips(run), work.rows(run));
             }
             run -= work.runs();
         }
@@ -138,10 +143,11 @@ pub(super) fn place(strip: usize, out: usize) -> (usize, usize) {
     (first, STRIP.min(out - first))
 }
 
-/// Strips of one job, divided into runs that threads take.
+/// Strips and rows of one job, divided into runs that threads take.
 pub(super) struct Work {
     strips: usize,
     run: usize,
+    rows: usize,
     /// What is read for it, counted anew for every 16 rows.
     bytes: usize,
 }
@@ -155,16 +161,24 @@ impl Work {
         Self {
             strips,
             run: strips.div_ceil(runs).clamp(1, MOST_STRIPS),
+            rows,
             bytes: matrix.out * matrix.row_bytes() * rows.div_ceil(16),
         }
     }
 
-    pub(super) fn runs(&self) -> usize {
-        self.strips.div_ceil(self.run)
+    fn runs(&self) -> usize {
+        self.strips.div_ceil(self.run) * self.rows.div_ceil(MOST_ROWS)
     }
 
-    pub(super) fn strips(&self, run: usize) -> std::ops::Range<usize> {
-        run * self.run..self.strips.min((run + 1) * self.run)
+    /// All rows of one run of strips follow each other.
+    fn strips(&self, run: usize) -> Range<usize> {
+        let first = run / self.rows.div_ceil(MOST_ROWS) * self.run;
+        first..self.strips.min(first + self.run)
+    }
+
+    fn rows(&self, run: usize) -> Range<usize> {
+        let first = run % self.rows.div_ceil(MOST_ROWS) * MOST_ROWS;
+        first..self.rows.min(first + MOST_ROWS)
     }
 }
 
@@ -184,9 +198,9 @@ impl Scratch {
         matrix: &Matrix<'_>,
         strip: usize,
         next: *const u8,
-        x: &Operand,
+        x: &View<'_>,
     ) -> &mut [f32] {
-        assert_eq!(x.inner, matrix.inner, "a row as long as the weight's");
+        assert_eq!(x.inner(), matrix.inner, "a row as long as the weight's");
         let (first, outs) = place(strip, matrix.out);
         let needed = x.rows * STRIP;
         if self.y.len() < needed {
@@ -194,7 +208,7 @@ impl Scratch {
         }
         let y = &mut self.y[..needed];
         #[cfg(target_arch = "x86_64")]
-        match x.format {
+        match x.format() {
             // SAFETY: only asked for where the processor has it (`Format::of` goes by an `Isa`); sizes as asserted.
             Format::Tiles => unsafe {
                 tiles::strip(matrix, first, outs, x, y, &mut self.tiles, next);

@@ -52,19 +52,18 @@ pub(crate) unsafe fn swiglu(isa: Isa, dtype: Dtype, networks: &[Network<'_>]) {
 
     let work: Vec<Work> =
         networks.iter().zip(&for_gate).map(|(network, x)| Work::of(&network.gate, x.rows, networks.len())).collect();
-    run_all(&work, &|index, strips| {
+    run_all(&work, &|index, strips, rows| {
         let Network { gate, up, .. } = &networks[index];
         let (x, between) = (&for_gate[index], &between[index]);
-        let x_up = for_up[index].as_ref().unwrap_or(x);
+        let x_up = for_up[index].as_ref().unwrap_or(x).view(rows.clone());
+        let x = x.view(rows.clone());
         product::with_two(|one, two| {
             for strip in strips.clone() {
                 let (first, outs) = place(strip, gate.out);
-                let gated = one.strip(isa, gate, strip, following(gate, strip, &strips), x);
-                let raised = two.strip(isa, up, strip, following(up, strip, &strips), x_up);
+                let gated = one.strip(isa, gate, strip, following(gate, strip, &strips), &x);
+                let raised = two.strip(isa, up, strip, following(up, strip, &strips), &x_up);
                 rowwise::silu_times(isa, gated, raised);
-                for row in 0..x.rows {
-                    between.put(row, first, &gated[row * STRIP..][..outs]);
-                }
+                between.put_all(rows.clone(), (first, outs), gated, STRIP);
             }
         });
     });

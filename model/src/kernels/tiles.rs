@@ -11,7 +11,7 @@ use half::bf16;
 
 use super::{
     matrix::{Matrix, Values},
-    operand::{Memory, Operand, STEP, TILE_ROWS},
+    operand::{Memory, STEP, TILE_ROWS, View},
 };
 use crate::checkpoint::fp8::decode_e4m3;
 
@@ -42,13 +42,18 @@ pub(super) struct Scratch {
     /// Weights of a strip that do not lie as tiles want them: BF16 `[32, inner padded]` or, decoded, of one stretch.
     weights: Memory,
     weights_len: usize,
-    /// A tile of sums.
-    sums: Box<[[f32; 16 * TILE_ROWS]; 4]>,
+    /// `[groups, 2, 16, columns]`: by group of rows, two tiles of outputs.
+    sums: Vec<f32>,
 }
+
+/// Steps in which a strip's weights stay in the nearest cache while many groups of rows pass.
+const STEPS_AT_ONCE: usize = 16;
+/// A tile of sums, at most.
+const SUMS: usize = TILE_ROWS * TILE_ROWS;
 
 impl Scratch {
     pub(super) fn new() -> Self {
-        Self { weights: Memory::zeroed(0), weights_len: 0, sums: Box::new([[0.0; 256]; 4]) }
+        Self { weights: Memory::zeroed(0), weights_len: 0, sums: Vec::new() }
     }
 
     fn weights(&mut self, values: usize) -> *mut u16 {
@@ -57,6 +62,14 @@ impl Scratch {
             self.weights_len = values;
         }
         self.weights.start().cast()
+    }
+
+    /// Those of `groups` groups, whatever they were.
+    fn sums(&mut self, groups: usize) -> *mut f32 {
+        if self.sums.len() < groups * 2 * SUMS {
+            self.sums.resize(groups * 2 * SUMS, 0.0);
+        }
+        self.sums.as_mut_ptr()
     }
 }
 
@@ -72,7 +85,7 @@ pub(super) unsafe fn strip(
     matrix: &Matrix<'_>,
     first: usize,
     outs: usize,
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
     scratch: &mut Scratch,
     next: *const u8,
@@ -99,7 +112,7 @@ unsafe fn bf16_strip(
     values: &[bf16],
     inner: usize,
     (first, outs): (usize, usize),
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
     scratch: &mut Scratch,
     next: *const u8,
@@ -122,56 +135,96 @@ unsafe fn bf16_strip(
         (values[first * inner..].as_ptr().cast::<u16>(), inner)
     };
     let steps = inner.div_ceil(STEP);
-    let columns = x.columns();
-    let groups = x.rows.div_ceil(columns);
-    let mut group = 0;
-    while group < groups {
-        let both = group + 1 < groups;
-        // The first rows fetch what comes next; the others find it there.
-        let ahead = if group == 0 { next } else { std::ptr::null() };
-        // SAFETY: `weights` are 32 lines of `steps` whole steps; groups `group` and, where `both`, the next are there.
-        unsafe {
-            if both {
-                sum_two((weights, stride), (x.tile(group, 0), x.tile(group + 1, 0)), columns, steps, &mut scratch.sums);
-            } else {
-                sum_one((weights, stride), x.tile(group, 0), columns, steps, &mut scratch.sums, ahead);
-            }
-            for part in 0..=usize::from(both) {
-                let rows = columns.min(x.rows - (group + part) * columns);
-                for half in 0..2 {
-                    let to = y.as_mut_ptr().add((group + part) * columns * STRIP + half * TILE_ROWS);
-                    turn(&scratch.sums[2 * half + part], columns, rows, to);
+    let (columns, groups) = (x.columns(), x.rows.div_ceil(x.columns()));
+    let sums = scratch.sums(groups);
+    let mut close = std::mem::MaybeUninit::<Close>::uninit();
+    // Of few groups all steps at once: then the weights come from memory, and are met once.
+    let at_once = if groups > 2 { STEPS_AT_ONCE } else { steps };
+    for start in (0..steps).step_by(at_once) {
+        let here = at_once.min(steps - start);
+        let weights = (weights.wrapping_add(start * STEP), stride);
+        // For many groups these steps are laid closer: rows a power of two apart would take each other's place in the cache.
+        let weights = if groups > 2 {
+            // SAFETY: 32 lines of `here` whole steps.
+            (unsafe { close_up(weights, here, close.as_mut_ptr()) }, here * STEP)
+        } else {
+            weights
+        };
+        for group in (0..groups).step_by(2) {
+            let rows = (x.tile(group, start), columns);
+            let sums = sums.wrapping_add(group * 2 * SUMS);
+            // SAFETY: `weights` are 32 lines of `here` whole steps; the groups are there, and so are their sums.
+            unsafe {
+                if group + 1 < groups {
+                    sum_two(weights, (rows.0, x.tile(group + 1, start), columns), here, sums, start > 0);
+                } else {
+                    // The only rows there are fetch what comes next; among many it does not matter.
+                    let ahead = if groups == 1 { next } else { std::ptr::null() };
+                    sum_one(weights, rows, here, sums, start > 0, ahead);
                 }
             }
         }
-        group += 1 + usize::from(both);
     }
+    // SAFETY: all groups' sums are there, and `y` has a line for every row.
+    unsafe { turn_all(sums, x, y) };
 }
 
-/// Zeroes the sums and adds `steps` steps of 32 outputs by one group of rows.
+/// Room for a strip's weights of some steps.
+#[repr(C, align(64))]
+struct Close([u16; STRIP * STEPS_AT_ONCE * STEP]);
+
+/// 32 lines of `steps` steps, one right after the other.
+///
+/// # Safety
+/// So many are there, `stride` apart; `close` has room for them.
+#[inline(always)]
+unsafe fn close_up((weights, stride): (*const u16, usize), steps: usize, close: *mut Close) -> *const u16 {
+    let close = close.cast::<u16>();
+    for out in 0..STRIP {
+        let from = weights.wrapping_add(out * stride);
+        for step in 0..steps {
+            // SAFETY: a step is 64 bytes; line `out`, step `step` on both sides.
+            unsafe {
+                let values = _mm512_loadu_si512(from.add(step * STEP).cast());
+                _mm512_store_si512(close.add((out * steps + step) * STEP).cast(), values);
+            }
+        }
+    }
+    close
+}
+
+/// Sums of 32 outputs by one group of rows over `steps` steps, zero before or, to `go_on`, what they were.
 ///
 /// # Safety
 /// As [`bf16_strip`]'s.
 #[inline(always)]
 unsafe fn sum_one(
     (weights, stride): (*const u16, usize),
-    rows: *const u8,
-    columns: usize,
+    (rows, columns): (*const u8, usize),
     steps: usize,
-    sums: &mut [[f32; 256]; 4],
+    sums: *mut f32,
+    go_on: bool,
     next: *const u8,
 ) {
     let (line, tile) = (columns * 4, columns * STEP * 2);
     // SAFETY: the caller's; prefetches may point anywhere.
     unsafe {
-        asm!("tilezero tmm0", "tilezero tmm2", options(nostack, nomem));
+        if go_on {
+            asm!(
+                "tileloadd tmm0, [{a} + {line} * 1]",
+                "tileloadd tmm2, [{b} + {line} * 1]",
+                a = in(reg) sums,
+                b = in(reg) sums.wrapping_add(SUMS),
+                line = in(reg) line,
+                options(nostack, readonly),
+            );
+        } else {
+            asm!("tilezero tmm0", "tilezero tmm2", options(nostack, nomem));
+        }
         let mut step = 0;
         while step < steps {
             if !next.is_null() {
-                let lines = next.wrapping_add(step * 2048).cast::<i8>();
-                for ahead in 0..32 {
-                    _mm_prefetch::<_MM_HINT_T1>(lines.wrapping_add(ahead * 64));
-                }
+                fetch(next.wrapping_add(step * 2048), 32);
             }
             let upper = weights.wrapping_add(step * STEP);
             asm!(
@@ -192,30 +245,46 @@ unsafe fn sum_one(
         asm!(
             "tilestored [{a} + {line} * 1], tmm0",
             "tilestored [{b} + {line} * 1], tmm2",
-            a = in(reg) sums[0].as_mut_ptr(),
-            b = in(reg) sums[2].as_mut_ptr(),
+            a = in(reg) sums,
+            b = in(reg) sums.wrapping_add(SUMS),
             line = in(reg) line,
             options(nostack),
         );
     }
 }
 
-/// The same by two groups of rows.
+/// The same by two groups of rows, whose sums follow each other.
 ///
 /// # Safety
 /// As [`bf16_strip`]'s.
 #[inline(always)]
 unsafe fn sum_two(
     (weights, stride): (*const u16, usize),
-    (left, right): (*const u8, *const u8),
-    columns: usize,
+    (left, right, columns): (*const u8, *const u8, usize),
     steps: usize,
-    sums: &mut [[f32; 256]; 4],
+    sums: *mut f32,
+    go_on: bool,
 ) {
     let (line, tile) = (columns * 4, columns * STEP * 2);
+    let [a, b, c, d] = [0, 2, 1, 3].map(|tile| sums.wrapping_add(tile * SUMS));
     // SAFETY: the caller's.
     unsafe {
-        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        if go_on {
+            asm!(
+                "tileloadd tmm0, [{a} + {line} * 1]",
+                "tileloadd tmm1, [{b} + {line} * 1]",
+                "tileloadd tmm2, [{c} + {line} * 1]",
+                "tileloadd tmm3, [{d} + {line} * 1]",
+                a = in(reg) a,
+                b = in(reg) b,
+                c = in(reg) c,
+                d = in(reg) d,
+                line = in(reg) line,
+                options(nostack, readonly),
+            );
+        } else {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        }
         let mut step = 0;
         while step < steps {
             let upper = weights.wrapping_add(step * STEP);
@@ -243,13 +312,22 @@ unsafe fn sum_two(
             "tilestored [{b} + {line} * 1], tmm1",
             "tilestored [{c} + {line} * 1], tmm2",
             "tilestored [{d} + {line} * 1], tmm3",
-            a = in(reg) sums[0].as_mut_ptr(),
-            b = in(reg) sums[1].as_mut_ptr(),
-            c = in(reg) sums[2].as_mut_ptr(),
-            d = in(reg) sums[3].as_mut_ptr(),
+            a = in(reg) a,
+            b = in(reg) b,
+            c = in(reg) c,
+            d = in(reg) d,
             line = in(reg) line,
             options(nostack),
         );
+    }
+}
+
+/// Has `lines` cache lines brought nearer.
+#[inline(always)]
+fn fetch(from: *const u8, lines: usize) {
+    for line in 0..lines {
+        // SAFETY: a hint may point anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(line * 64).cast()) };
     }
 }
 
@@ -316,7 +394,7 @@ pub(super) unsafe fn weigh(weights: *const u16, pairs: *const u16, columns: usiz
 }
 
 /// Stretch by stretch: decodes 32 outputs' codes to BF16, which is exact, multiplies, and adds the products by the block's
-/// scale to `y`.
+/// scale to the sums.
 ///
 /// # Safety
 /// As [`strip`]'s, with tiles configured.
@@ -325,32 +403,38 @@ unsafe fn fp8_strip(
     codes: &[u8],
     matrix: &Matrix<'_>,
     (first, outs): (usize, usize),
-    x: &Operand,
+    x: &View<'_>,
     y: &mut [f32],
     scratch: &mut Scratch,
     next: *const u8,
 ) {
     let inner = matrix.inner;
-    let columns = x.columns();
-    let groups = x.rows.div_ceil(columns);
-    y[..x.rows * STRIP].fill(0.0);
+    let (columns, groups) = (x.columns(), x.rows.div_ceil(x.columns()));
+    let sums = scratch.sums(groups);
+    // SAFETY: as many sums are there.
+    unsafe { std::ptr::write_bytes(sums, 0, groups * 2 * SUMS) };
     let tables = Tables::new();
-    let mut fetched = 0;
+    let mut products = [0.0f32; 4 * SUMS];
+    let mut next = next;
     for stretch in matrix.stretches() {
         let width = stretch.len().next_multiple_of(2 * STEP);
         let weights = scratch.weights(STRIP * width);
+        let lines = stretch.len().div_ceil(64);
         for out in 0..STRIP {
             let line = weights.wrapping_add(out * width);
             // SAFETY: line `out` of the scratch; the stretch of row `first + out` where there is one.
             unsafe {
-                if !next.is_null() {
-                    for ahead in 0..stretch.len().div_ceil(64) {
-                        _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add((fetched + ahead) * 64).cast());
-                    }
-                    fetched += stretch.len().div_ceil(64);
-                }
                 if out < outs {
-                    let row = codes.as_ptr().add((first + out) * inner + stretch.start);
+                    let row = codes.as_ptr().wrapping_add((first + out) * inner + stretch.start);
+                    // What is decoded next comes nearest now, what the next strip wants comes nearer: half of it here, half
+                    // of it while tiles are multiplied, so that the memory is never idle.
+                    for line in 0..lines {
+                        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(width + line * 64).cast());
+                    }
+                    if !next.is_null() {
+                        fetch(next, lines / 2);
+                        next = next.wrapping_add(lines / 2 * 64);
+                    }
                     tables.decode(row, stretch.len(), line);
                 } else {
                     std::ptr::write_bytes(line, 0, width);
@@ -359,35 +443,54 @@ unsafe fn fp8_strip(
         }
         let scales: [f32; STRIP] =
             std::array::from_fn(|out| if out < outs { matrix.scale(first + out, stretch.start) } else { 0.0 });
-        let steps = stretch.len().div_ceil(STEP);
-        let start = stretch.start / STEP;
-        let mut group = 0;
-        while group < groups {
+        let (steps, start) = (stretch.len().div_ceil(STEP), stretch.start / STEP);
+        for group in (0..groups).step_by(2) {
             let both = group + 1 < groups;
-            // SAFETY: the scratch holds 32 lines of whole steps; the groups are there.
+            // SAFETY: the scratch holds 32 lines of whole steps; the groups and their sums are there.
             unsafe {
                 if both {
-                    let rows = (x.tile(group, start), x.tile(group + 1, start));
-                    sum_two((weights, width), rows, columns, steps, &mut scratch.sums);
+                    let rows = (x.tile(group, start), x.tile(group + 1, start), columns);
+                    sum_two((weights, width), rows, steps, products.as_mut_ptr(), false);
                 } else {
-                    sum_one((weights, width), x.tile(group, start), columns, steps, &mut scratch.sums, std::ptr::null());
+                    let rows = (x.tile(group, start), columns);
+                    sum_one((weights, width), rows, steps, products.as_mut_ptr(), false, std::ptr::null());
                 }
-                for part in 0..=usize::from(both) {
-                    let rows = columns.min(x.rows - (group + part) * columns);
-                    for half in 0..2 {
-                        let mut turned = [0.0; 16 * TILE_ROWS];
-                        turn_to(&scratch.sums[2 * half + part], columns, rows, turned.as_mut_ptr(), TILE_ROWS);
-                        let scales = _mm512_loadu_ps(scales.as_ptr().add(half * TILE_ROWS));
-                        for row in 0..rows {
-                            let to =
-                                y.as_mut_ptr().add(((group + part) * columns + row) * STRIP + half * TILE_ROWS);
-                            let products = _mm512_loadu_ps(turned.as_ptr().add(row * TILE_ROWS));
-                            _mm512_storeu_ps(to, _mm512_fmadd_ps(products, scales, _mm512_loadu_ps(to)));
-                        }
-                    }
+                if group == 0 && !next.is_null() {
+                    let left = outs * (lines - lines / 2);
+                    fetch(next, left);
+                    next = next.wrapping_add(left * 64);
+                }
+                for tile in 0..2 + 2 * usize::from(both) {
+                    let sums = sums.wrapping_add((group * 2 + tile) * SUMS);
+                    add_scaled(sums, products.as_ptr().add(tile * SUMS), columns, &scales[tile % 2 * TILE_ROWS..]);
                 }
             }
-            group += 1 + usize::from(both);
+        }
+    }
+    // SAFETY: all groups' sums are there, and `y` has a line for every row.
+    unsafe { turn_all(sums, x, y) };
+}
+
+/// `sums += products * scales`, all `[16, columns]`, one scale for each of the 16 outputs.
+///
+/// # Safety
+/// Both hold a tile.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn add_scaled(sums: *mut f32, products: *const f32, columns: usize, scales: &[f32]) {
+    // SAFETY: the caller's.
+    unsafe {
+        if columns == 1 {
+            let scales = _mm512_loadu_ps(scales.as_ptr());
+            let sum = _mm512_fmadd_ps(_mm512_loadu_ps(products), scales, _mm512_loadu_ps(sums));
+            return _mm512_storeu_ps(sums, sum);
+        }
+        let mask = if columns == TILE_ROWS { u16::MAX } else { (1 << columns) - 1 };
+        for (out, scale) in scales.iter().enumerate().take(TILE_ROWS) {
+            let (sums, products) = (sums.add(out * columns), products.add(out * columns));
+            let products = _mm512_maskz_loadu_ps(mask, products);
+            let sum = _mm512_fmadd_ps(products, _mm512_set1_ps(*scale), _mm512_maskz_loadu_ps(mask, sums));
+            _mm512_mask_storeu_ps(sums, mask, sum);
         }
     }
 }
@@ -451,39 +554,109 @@ impl Tables {
     }
 }
 
-/// Sums `[16, columns]` of 16 outputs to `rows` lines of 16, one under the other in a strip.
+/// All groups' sums `[2, 16, columns]` to lines of 32 outputs, one per row.
 ///
 /// # Safety
-/// As [`turn_to`]'s.
-#[inline(always)]
-unsafe fn turn(sums: &[f32; 256], columns: usize, rows: usize, to: *mut f32) {
-    // SAFETY: the caller's.
-    unsafe { turn_to(sums, columns, rows, to, STRIP) }
-}
-
-/// # Safety
-/// `to` has `rows` lines of 16 values, `stride` apart; `rows` is at most `columns`, and that at most 16.
-#[inline(always)]
-unsafe fn turn_to(sums: &[f32; 256], columns: usize, rows: usize, to: *mut f32, stride: usize) {
-    if columns == TILE_ROWS {
-        let mut turned = [[0.0f32; 16]; 16];
-        for (out, line) in sums.chunks_exact(TILE_ROWS).enumerate() {
-            for (row, value) in line.iter().enumerate() {
-                turned[row][out] = *value;
+/// The sums of all of `x`'s groups are there, and `y` has as many lines as `x` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn turn_all(sums: *const f32, x: &View<'_>, y: &mut [f32]) {
+    let columns = x.columns();
+    for (group, y) in y[..x.rows * STRIP].chunks_mut(columns * STRIP).enumerate() {
+        for half in 0..2 {
+            let sums = sums.wrapping_add((group * 2 + half) * SUMS);
+            let rows = y.len() / STRIP;
+            if columns == TILE_ROWS {
+                // SAFETY: a whole tile of sums.
+                let turned = transpose(std::array::from_fn(|out| unsafe { _mm512_loadu_ps(sums.add(out * TILE_ROWS)) }));
+                for (row, line) in turned.into_iter().enumerate().take(rows) {
+                    // SAFETY: half a line of row `row`.
+                    unsafe { _mm512_storeu_ps(y.as_mut_ptr().add(row * STRIP + half * TILE_ROWS), line) };
+                }
+            } else {
+                for row in 0..rows {
+                    for out in 0..TILE_ROWS {
+                        // SAFETY: output `out` of row `row`, in a tile `columns` wide.
+                        y[row * STRIP + half * TILE_ROWS + out] = unsafe { *sums.add(out * columns + row) };
+                    }
+                }
             }
         }
-        for (row, line) in turned.iter().enumerate().take(rows) {
-            // SAFETY: line `row` is there.
-            unsafe { std::ptr::copy_nonoverlapping(line.as_ptr(), to.add(row * stride), TILE_ROWS) };
-        }
-        return;
     }
-    for row in 0..rows {
-        for out in 0..TILE_ROWS {
-            // SAFETY: line `row` has 16 values.
-            unsafe { to.add(row * stride + out).write(sums[out * columns + row]) };
+}
+
+/// 16 rows of 32 f32 values to one tile of an operand: rounded to BF16, in pairs, one row a column. What is too small for a
+/// normal number becomes zero, as tiles take it anyway.
+///
+/// # Safety
+/// As [`strip`]'s; every line has 32 values, `to` room for 1 KiB.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn lay_out_f32(lines: [*const f32; TILE_ROWS], to: *mut u8) {
+    let pairs = lines.map(|line| {
+        // SAFETY: 32 values; 32 BF16 numbers and 16 f32 have one layout.
+        unsafe {
+            let rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(line.add(16)), _mm512_loadu_ps(line));
+            std::mem::transmute::<__m512bh, __m512>(rounded)
         }
+    });
+    // SAFETY: the caller's.
+    unsafe { store_turned(pairs, to) };
+}
+
+/// The same of BF16 values.
+///
+/// # Safety
+/// As [`lay_out_f32`]'s.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
+pub(super) unsafe fn lay_out_bf16(lines: [*const bf16; TILE_ROWS], to: *mut u8) {
+    // SAFETY: 32 values are 64 bytes.
+    let pairs = lines.map(|line| unsafe { _mm512_loadu_ps(line.cast()) });
+    // SAFETY: the caller's.
+    unsafe { store_turned(pairs, to) };
+}
+
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn store_turned(pairs: [__m512; TILE_ROWS], to: *mut u8) {
+    for (pair, line) in transpose(pairs).into_iter().enumerate() {
+        // SAFETY: line `pair` of the tile.
+        unsafe { _mm512_storeu_ps(to.add(pair * 64).cast(), line) };
     }
+}
+
+/// 16 lines of 16 to 16 columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+fn transpose(r: [__m512; 16]) -> [__m512; 16] {
+    // Pairs, fours, eights and all sixteen.
+    let mut t = r;
+    for i in (0..16).step_by(2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    let double = |a: __m512, b: __m512, high: bool| {
+        let (a, b) = (_mm512_castps_pd(a), _mm512_castps_pd(b));
+        _mm512_castpd_ps(if high { _mm512_unpackhi_pd(a, b) } else { _mm512_unpacklo_pd(a, b) })
+    };
+    let mut u = t;
+    for i in (0..16).step_by(4) {
+        u[i] = double(t[i], t[i + 2], false);
+        u[i + 1] = double(t[i], t[i + 2], true);
+        u[i + 2] = double(t[i + 1], t[i + 3], false);
+        u[i + 3] = double(t[i + 1], t[i + 3], true);
+    }
+    let mut v = u;
+    for i in 0..4 {
+        v[i] = _mm512_shuffle_f32x4::<0x88>(u[i], u[i + 4]);
+        v[i + 4] = _mm512_shuffle_f32x4::<0xdd>(u[i], u[i + 4]);
+        v[i + 8] = _mm512_shuffle_f32x4::<0x88>(u[i + 8], u[i + 12]);
+        v[i + 12] = _mm512_shuffle_f32x4::<0xdd>(u[i + 8], u[i + 12]);
+    }
+    let mut w = v;
+    for i in 0..8 {
+        w[i] = _mm512_shuffle_f32x4::<0x88>(v[i], v[i + 8]);
+        w[i + 8] = _mm512_shuffle_f32x4::<0xdd>(v[i], v[i + 8]);
+    }
+    w
 }
 
 const _: () = assert!(TILE * 2 == 1024);

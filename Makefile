@@ -36,9 +36,11 @@ drills: setup-build setup-etcd build-programs ## Break clusters under load, at f
 	CONCLAVE_DRILLS=full cargo test --workspace --test drills --locked -- --test-threads=1 --nocapture || status=$$?; \
 	cat target/drills/*.md; exit $$status
 
-bench: setup-build setup-python build-programs demo-model ## Measure against transformers and raw TCP in one run (JSON=1 for JSON)
+# WRITE=docs/benchmarks.md replaces that page; ONLY=expert measures one mode (bench/README.md lists them).
+bench: setup-build setup-python build-programs demo-model ## Measure against peers and limits in one run (JSON=1, WRITE=FILE, ONLY=MODE)
 	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2
-	@target/debug/conclave-bench all --model $(MODEL) $(if $(JSON),--json)
+	@deploy/setup.sh llama || echo "llama.cpp cannot be had here: its figures will be missing" >&2
+	@target/debug/conclave-bench $(or $(ONLY),all) --model $(MODEL) $(if $(JSON),--json) $(if $(WRITE),--write $(WRITE))
 	@cargo run --quiet --package conclave-placement --example plan_scale --locked >&2
 
 lint: setup-build check-fmt check-clippy check-deps check-scripts ## Check formatting, clippy, dependencies and shell scripts

@@ -161,6 +161,14 @@ setup_bench() {
   mark_done bench "$list"
 }
 
+# Static, so that the programs run from anywhere; nothing that is not measured.
+build_llama() {
+  "$deps/bench/bin/cmake" -S "$1" -B "$1/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
+    -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
+    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF || return
+  "$deps/bench/bin/cmake" --build "$1/build" --parallel "${JOBS:-2}" --target llama-bench llama-batched-bench
+}
+
 # After setup_bench, whose environment converts checkpoints and whose folder this lies in: hence the look at what is there.
 setup_llama() {
   setup_bench
@@ -184,15 +192,10 @@ with tarfile.open(source) as archive:
             archive.extract(member, folder, filter="data")
 PY
   rm -rf "$wheels"
-  # Static, so that the programs run from anywhere; nothing that is not measured.
-  "$deps/bench/bin/cmake" -S "$folder" -B "$folder/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
-    -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
-    -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_APP=OFF >"$deps/llama-build.log" 2>&1 &&
-    "$deps/bench/bin/cmake" --build "$folder/build" --parallel "${JOBS:-2}" \
-      --target llama-bench llama-batched-bench >>"$deps/llama-build.log" 2>&1 || {
+  if ! build_llama "$folder" >"$deps/llama-build.log" 2>&1; then
     say "llama.cpp does not build here (.deps/llama-build.log)"
     exit 3
-  }
+  fi
   mark_done llama "$list" "$tools"
 }
 

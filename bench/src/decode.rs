@@ -119,8 +119,8 @@ impl Peer {
 /// As a client sees it.
 async fn of_cluster(cluster: &Cluster, turn: usize) -> anyhow::Result<Rates> {
     let mut prompts = Prompts::new(cluster.model().await?.vocab_size);
-    // Warms up.
-    cluster.generate(&prompts.draw(PROMPT), 8).await?;
+    // Warms up, and brings every expert's weights into memory: so many rows choose all of them.
+    cluster.generate(&prompts.draw(PREFILL), 8).await?;
     let mut decode = Vec::new();
     for streams in STREAMS {
         decode.push(decode_rate(cluster, &mut prompts, streams, PROMPT, TOKENS).await?);

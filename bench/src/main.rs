@@ -34,7 +34,7 @@ use std::fmt;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 
 use machine::Machine;
@@ -45,6 +45,9 @@ use results::Section;
 struct Cli {
     #[command(subcommand)]
     what: What,
+    /// Checkpoint folder, for what is measured on one of the user's.
+    #[arg(long, global = true, value_name = "DIR", default_value = "models/smollm2/build/smollm2-moe")]
+    model: PathBuf,
     /// Print one JSON object instead of tables.
     #[arg(long, global = true)]
     json: bool,
@@ -55,26 +58,10 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// One dispatch–combine round trip against a raw TCP echo of the same bytes.
-    Dispatch,
-    /// One expert by rows, bf16 and FP8, against memory bandwidth and libtorch.
-    Expert,
-    /// Decode and prefill of a local cluster, of llama.cpp and of transformers, on the same checkpoints.
-    Decode(ModelArgs),
-    /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
-    Serve(ModelArgs),
-    /// Where a decode step's time goes, by phase.
-    Phases(ModelArgs),
-    /// Answers within their deadlines at half to ten times the load that a cluster can carry.
-    Overload(ModelArgs),
-    /// Time to the first token, time per token and the router's memory, by length of the context.
-    Context(ModelArgs),
-    /// From a worker's start to its first answer, and the memory of workers.
-    Start(ModelArgs),
-    /// Rows a second that one router can send and have back, by workers.
-    Ceiling,
+    #[command(flatten)]
+    One(Mode),
     /// All of these.
-    All(ModelArgs),
+    All,
     /// The far side of `dispatch`, in a process of its own.
     #[command(hide = true)]
     Echo,
@@ -83,24 +70,26 @@ enum What {
     Fakes { count: usize },
 }
 
-#[derive(Debug, Args)]
-struct ModelArgs {
-    /// Checkpoint folder.
-    #[arg(long, value_name = "DIR", default_value = "models/smollm2/build/smollm2-moe")]
-    model: PathBuf,
-}
-
 /// Everything that can be measured, in the order of the page.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Subcommand)]
 enum Mode {
+    /// One dispatch–combine round trip against a raw TCP echo of the same bytes.
     Dispatch,
+    /// One expert by rows, bf16 and FP8, against memory bandwidth and libtorch.
     Expert,
+    /// Decode and prefill of a local cluster, of llama.cpp and of transformers, on the same checkpoints.
     Decode,
+    /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
     Serve,
+    /// Answers within their deadlines at half to ten times the load that a cluster can carry.
     Overload,
+    /// Time to the first token, time per token and the router's memory, by length of the context.
     Context,
+    /// From a worker's start to its first answer, and the memory of workers.
     Start,
+    /// Rows a second that one router can send and have back, by workers.
     Ceiling,
+    /// Where a decode step's time goes, by phase.
     Phases,
 }
 
@@ -120,19 +109,11 @@ const ALL: [Mode; 9] = [
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
     let machine = Machine::now();
-    let sections = match &cli.what {
+    let sections = match cli.what {
         What::Echo => return echo::serve().await,
-        What::Fakes { count } => return fakes::serve(*count).await,
-        What::Dispatch => vec![Mode::Dispatch.measure(Path::new("")).await?],
-        What::Expert => vec![Mode::Expert.measure(Path::new("")).await?],
-        What::Ceiling => vec![Mode::Ceiling.measure(Path::new("")).await?],
-        What::Phases(args) => vec![Mode::Phases.measure(&args.model).await?],
-        What::Start(args) => vec![Mode::Start.measure(&args.model).await?],
-        What::Decode(args) => vec![Mode::Decode.measure(&args.model).await?],
-        What::Serve(args) => vec![Mode::Serve.measure(&args.model).await?],
-        What::Overload(args) => vec![Mode::Overload.measure(&args.model).await?],
-        What::Context(args) => vec![Mode::Context.measure(&args.model).await?],
-        What::All(args) => all(&args.model).await,
+        What::Fakes { count } => return fakes::serve(count).await,
+        What::One(mode) => vec![mode.measure(&cli.model).await?],
+        What::All => all(&cli.model).await,
     };
     let text = if cli.json { results::as_json(&machine, &sections) } else { results::as_text(&machine, &sections) };
     std::io::stdout().lock().write_all(text.as_bytes())?;

@@ -81,11 +81,21 @@ impl Llama {
     ) -> anyhow::Result<Vec<Value>> {
         let most = work.streams.iter().max().map_or(1, |streams| streams * (work.prompt + work.tokens as usize));
         let context = most.max(work.prefill + 1).next_multiple_of(256);
-        let mut command = Command::new(&self.program);
-        command.arg("-m").arg(file).args(["-c", &context.to_string(), "-npp", &prompt.to_string()]);
-        command.args(["-ntg", &tokens.to_string(), "-npl", streams, "--output-format", "jsonl"]);
-        command.args(["-t", &work.threads.to_string(), "-tb", &work.threads.to_string()]);
-        let printed = output_of(&mut command).await?;
+        let run = async |repack: &[&str]| {
+            let mut command = Command::new(&self.program);
+            command.arg("-m").arg(file).args(["-c", &context.to_string(), "-npp", &prompt.to_string()]);
+            command.args(["-ntg", &tokens.to_string(), "-npl", streams, "--output-format", "jsonl"]);
+            command.args(["-t", &work.threads.to_string(), "-tb", &work.threads.to_string()]).args(repack);
+            output_of(command.env("GGML_NO_BACKTRACE", "1")).await
+        };
+        // Its repacking for AMX aborts on experts in Q8_0 (an assertion of its scheduler); without it the same file runs.
+        let printed = match run(&[]).await {
+            Ok(printed) => printed,
+            Err(error) => {
+                eprintln!("llama.cpp: {error:#}; again with --no-repack");
+                run(&["--no-repack"]).await?
+            }
+        };
         let lines = printed.lines().filter(|line| line.starts_with('{'));
         lines.map(|line| serde_json::from_str(line).with_context(|| format!("it printed {line:?}"))).collect()
     }

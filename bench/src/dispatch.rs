@@ -48,8 +48,10 @@ const LAYER: u32 = 1;
 const CASES: [(usize, usize); 4] = [(1, 50), (8, 50), (64, 25), (512, 8)];
 /// The first warms up and is not counted.
 const ROUNDS: usize = 21;
-/// The rate: rows a batch, batches under way at once (the engine has two), and how long it is measured.
-const RATE: (usize, usize, Duration) = (256, 2, Duration::from_secs(2));
+/// The rate: rows a batch, batches under way at once (the engine has two).
+const RATE: (usize, usize) = (256, 2);
+/// It is counted in so many windows of this length; the first warms up and is not counted.
+const WINDOWS: (usize, Duration) = (31, Duration::from_millis(100));
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What was measured for one number of rows, in microseconds.
@@ -70,7 +72,7 @@ struct Case {
 pub(crate) struct Report {
     cases: Vec<Case>,
     /// Rows a second, FP8 out and BF16 back, over TCP and over the Unix socket.
-    rates: [f64; 2],
+    rates: [Samples; 2],
 }
 
 /// Everything that can be measured, connected.
@@ -340,25 +342,32 @@ impl Router {
         Ok(took)
     }
 
-    /// Rows a second with several batches under way, FP8 out and BF16 back.
-    async fn rate(&mut self) -> anyhow::Result<f64> {
-        let (rows, at_once, time) = RATE;
+    /// Rows a second with several batches under way, FP8 out and BF16 back: a sample each window.
+    async fn rate(&mut self) -> anyhow::Result<Samples> {
         self.exchange.encoding = Encoding::Fp8Block128;
-        let (values, routing) = (values(rows), routing(rows));
-        let end = Instant::now() + time;
-        let one = async || -> anyhow::Result<usize> {
-            let mut batches = 0;
-            while Instant::now() < end {
-                let deadline = (Instant::now() + PATIENCE).into();
-                let sums = self.exchange.routed(LAYER, &values, &routing, deadline).await?;
-                ensure!(sums.len() == values.len(), "as many sums as rows");
-                batches += 1;
+        let (values, routing) = (values(RATE.0), routing(RATE.0));
+        let mut rates = Samples::default();
+        for window in 0..WINDOWS.0 {
+            let started = Instant::now();
+            let one = || self.batches_until(started + WINDOWS.1, &values, &routing);
+            let batches: usize = try_join_all((0..RATE.1).map(|_| one())).await?.into_iter().sum();
+            if window > 0 {
+                rates.push((batches * RATE.0) as f64 / started.elapsed().as_secs_f64());
             }
-            Ok(batches)
-        };
-        let started = Instant::now();
-        let batches: usize = try_join_all((0..at_once).map(|_| one())).await?.into_iter().sum();
-        Ok((batches * rows) as f64 / started.elapsed().as_secs_f64())
+        }
+        Ok(rates)
+    }
+
+    /// One batch after the other; how many.
+    async fn batches_until(&self, end: Instant, values: &[f32], routing: &Routing) -> anyhow::Result<usize> {
+        let mut batches = 0;
+        while Instant::now() < end {
+            let deadline = (Instant::now() + PATIENCE).into();
+            let sums = self.exchange.routed(LAYER, values, routing, deadline).await?;
+            ensure!(sums.len() == values.len(), "as many sums as rows");
+            batches += 1;
+        }
+        Ok(batches)
     }
 }
 
@@ -407,8 +416,8 @@ impl Report {
                 "whole_local_over_raw_tcp": ratio(&case.whole_local),
             })
         });
-        let [tcp, local] = self.rates;
-        let rates = json!({ "tcp": tcp, "local": local });
+        let [tcp, local] = &self.rates;
+        let rates = json!({ "tcp": tcp.to_json(), "local": local.to_json() });
         json!({
             "hidden": HIDDEN, "encoding": "bf16", "cases": cases.collect::<Vec<_>>(),
             "rows_per_second_fp8_out_bf16_back": rates,
@@ -433,11 +442,18 @@ impl fmt::Display for Report {
             }
             writeln!(f)?;
         }
-        let ([tcp, local], (rows, at_once, _)) = (self.rates, RATE);
+        let ([tcp, local], (rows, at_once)) = (&self.rates, RATE);
         writeln!(
             f,
-            "One router, {at_once} x {rows} rows under way, FP8 out, BF16 back, weighted sum, far side included:"
+            "One router, {at_once} x {rows} rows under way, FP8 out, BF16 back, weighted sum, far side included;"
         )?;
-        writeln!(f, "{tcp:.0} rows/s over TCP, {local:.0} over a Unix socket.")
+        let cell = |rate: &Samples| format!("{:.0} ({:.0})", rate.median(), rate.quantile(1.0));
+        writeln!(
+            f,
+            "rows/s, median (best) of {} windows: {} over TCP, {} over a Unix socket.",
+            WINDOWS.0 - 1,
+            cell(tcp),
+            cell(local)
+        )
     }
 }

@@ -108,6 +108,7 @@ fn record(worker: &Worker, budget: Budget) -> WorkerRecord {
     WorkerRecord {
         id: worker.id.clone(),
         incarnation: Incarnation::fresh(),
+        local: None,
         address: format!("{}:1", worker.id),
         device: "cpu".into(),
         memory_budget: budget.bytes,

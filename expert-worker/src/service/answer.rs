@@ -16,8 +16,8 @@ use crate::batcher::Refusal;
 
 /// What an answer holds besides its rows, at most.
 const SMALL_FIELDS: usize = 96;
-/// Longest text of a refusal, bytes: who sent nonsense need not get it back.
-const MAX_REASON: usize = 4096;
+/// Longest text of a refusal, characters: who sent nonsense need not get it back.
+const MAX_REASON: usize = 1024;
 
 /// Rows of `hidden` values for batch `batch_id`, and the microseconds they took in the queue and in the making.
 pub(super) fn returned(
@@ -73,7 +73,9 @@ fn reason(refusal: Refusal) -> pb::Refused {
         Refusal::Invalid(message) => (Reason::Invalid, message, Vec::new(), Duration::ZERO),
         Refusal::Internal(message) => (Reason::Internal, message, Vec::new(), Duration::ZERO),
     };
-    message.truncate(message.floor_char_boundary(MAX_REASON));
+    if let Some((end, _)) = message.char_indices().nth(MAX_REASON) {
+        message.truncate(end);
+    }
     pb::Refused { reason: reason.into(), missing_experts, retry_after_us: micros(retry_after), message }
 }
 

@@ -3,7 +3,7 @@
 //! In: the residual stream `[T, D]`. Out: the same, one layer further.
 //! Never here: routed experts. Their outputs are brought by the caller, who alone knows where they were computed.
 
-use tch::{Device, Tensor};
+use tch::Device;
 
 use crate::{
     batch::Batch,
@@ -14,7 +14,6 @@ use crate::{
     expert::Mlp,
     gate::{Gate, Routing},
     hidden::Hidden,
-    kernels::{Isa, Rows, rowwise, tensor},
     mla::Mla,
     norm::RmsNorm,
 };
@@ -94,7 +93,7 @@ impl Block {
     /// `x + attention(norm(x))`; the rows' latents join their sequences' blocks.
     pub fn attend(&self, x: &Hidden, batch: &Batch<'_>, cache: &KvCache) -> Hidden {
         let normed = self.input_norm.forward(&x.0);
-        Hidden(&x.0 + self.attention.forward(self.layer, &normed, batch, cache))
+        x.plus(&self.attention.forward(self.layer, &normed, batch, cache))
     }
 
     /// What the gate and the experts see of the residual stream.
@@ -106,7 +105,7 @@ impl Block {
 impl Dense {
     /// `x + mlp(normed)`.
     pub fn forward(&self, x: &Hidden, normed: &Hidden) -> Hidden {
-        Hidden(&x.0 + self.0.forward(&normed.0))
+        x.plus(&self.0.forward(&normed.0))
     }
 }
 
@@ -124,7 +123,7 @@ impl Moe {
     /// `x + (routed + shared)`, where `routed` is the whole weighted sum over each row's experts, f32 `[T, D]`.
     pub fn finish(&self, x: &Hidden, routed: &[f32], shared: Option<Hidden>) -> Hidden {
         if x.0.device() == Device::Cpu {
-            return Hidden(add_up(&x.0, routed, shared.as_ref().map(|shared| &shared.0)));
+            return x.plus_values(routed, shared.as_ref().map(|shared| &shared.0));
         }
         let routed = Hidden::like(x, routed).0;
         let sum = match shared {
@@ -133,24 +132,4 @@ impl Moe {
         };
         Hidden(&x.0 + sum)
     }
-}
-
-/// `x + (routed + shared)` in f32, rounded once.
-fn add_up(x: &Tensor, routed: &[f32], shared: Option<&Tensor>) -> Tensor {
-    let isa = Isa::best();
-    let y = Tensor::empty(x.size().as_slice(), (x.kind(), Device::Cpu));
-    let x = x.contiguous();
-    let mut sum = routed.to_vec();
-    for addend in [shared, Some(&x)].into_iter().flatten() {
-        match tensor::rows(addend) {
-            Rows::F32(values) => rowwise::add_times(isa, &mut sum, 1.0, values),
-            Rows::Bf16(values) => rowwise::add_bf16(isa, &mut sum, values),
-        }
-    }
-    // SAFETY: `y` is as large as `x`, and nobody else's yet.
-    #[allow(unsafe_code)]
-    unsafe {
-        tensor::out(&y).write(0, &sum);
-    }
-    y
 }

@@ -5,12 +5,13 @@
 //! Sources: DeepSeek-V2, arXiv 2405.04434, section 2.2 (softmax, group-limited greedy); DeepSeek-V3, arXiv 2412.19437,
 //! section 2.1.2 (sigmoid with a bias for selection only). Scores are f32 in every format of the model.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::{
     checkpoint::{self, Checkpoint},
     config::{GateKind, ModelConfig},
     device::Compute,
+    kernels::{Isa, tensor},
     linear::Linear,
 };
 
@@ -74,7 +75,7 @@ impl Gate {
 
     /// Chooses for rows `[T, D]`.
     pub(crate) fn route(&self, x: &Tensor) -> Routing {
-        let logits = self.proj.forward(&x.to_kind(Kind::Float)); // [T, E]
+        let logits = self.proj.forward(&wide(x)); // [T, E]
         let experts = logits.size()[1] as usize;
         let mut routing = Routing { experts_per_row: self.rule.top_k, expert_ids: Vec::new(), weights: Vec::new() };
         for row in floats(&logits).chunks_exact(experts) {
@@ -85,6 +86,21 @@ impl Gate {
         }
         routing
     }
+}
+
+/// As f32.
+fn wide(x: &Tensor) -> Tensor {
+    if x.device() != Device::Cpu {
+        return x.to_kind(Kind::Float);
+    }
+    let y = Tensor::empty(x.size().as_slice(), (Kind::Float, Device::Cpu));
+    let values = tensor::rows(&x.contiguous()).to_f32(Isa::best());
+    // SAFETY: `y` is as large as `x`, and nobody else's yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        tensor::out(&y).write(0, &values);
+    }
+    y
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {

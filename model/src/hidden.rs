@@ -2,9 +2,12 @@
 //!
 //! In: f32 values, or tensors of this crate. Out: the same. Never here: what the rows mean.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::device::Compute;
+use crate::{
+    device::Compute,
+    kernels::{Isa, Rows, rowwise, tensor},
+};
 
 /// Rows `[T, D]` in the format that the model computes in.
 #[derive(Debug)]
@@ -16,6 +19,32 @@ impl Hidden {
         assert_eq!(values.len() % hidden, 0, "rows of {hidden}");
         let rows = Tensor::from_slice(values).view([-1, hidden as i64]);
         Self(rows.to_device(compute.torch_device()).to_kind(compute.kind()))
+    }
+
+    /// `self + other`, both `[T, D]`.
+    pub(crate) fn plus(&self, other: &Tensor) -> Self {
+        if self.0.device() == Device::Cpu { self.sum(self.to_rows(), other) } else { Self(&self.0 + other) }
+    }
+
+    /// `self + (values + other)` in f32, rounded once; on the processor.
+    pub(crate) fn plus_values(&self, values: &[f32], other: Option<&Tensor>) -> Self {
+        let mut sum = values.to_vec();
+        if let Some(other) = other {
+            add(&mut sum, other);
+        }
+        self.sum(sum, &self.0)
+    }
+
+    /// `sum + other`, rounded to this one's format.
+    fn sum(&self, mut sum: Vec<f32>, other: &Tensor) -> Self {
+        add(&mut sum, other);
+        let y = Tensor::empty(self.0.size().as_slice(), (self.0.kind(), Device::Cpu));
+        // SAFETY: `y` is as large as this one, and nobody else's yet.
+        #[allow(unsafe_code)]
+        unsafe {
+            tensor::out(&y).write(0, &sum);
+        }
+        Self(y)
     }
 
     /// f32 values in the shape, format and place of `other`.
@@ -31,6 +60,9 @@ impl Hidden {
 
     /// The values as f32 `[T, D]`.
     pub fn to_rows(&self) -> Vec<f32> {
+        if self.0.device() == Device::Cpu {
+            return tensor::rows(&self.0.contiguous()).to_f32(Isa::best());
+        }
         let rows = self.0.to_device(tch::Device::Cpu).to_kind(Kind::Float).contiguous();
         let mut values = vec![0.0; rows.numel()];
         rows.copy_data(&mut values, rows.numel());
@@ -55,5 +87,12 @@ impl Hidden {
     /// The rows at `indices`, in that order.
     pub(crate) fn select(&self, indices: &[i64]) -> Self {
         Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))
+    }
+}
+
+fn add(sum: &mut [f32], values: &Tensor) {
+    match tensor::rows(&values.contiguous()) {
+        Rows::F32(values) => rowwise::add_times(Isa::best(), sum, 1.0, values),
+        Rows::Bf16(values) => rowwise::add_bf16(Isa::best(), sum, values),
     }
 }

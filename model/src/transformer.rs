@@ -3,7 +3,7 @@
 //! In: a checkpoint; then token ids and positions. Out: the residual stream between its layers, and logits.
 //! Never here: routed experts' weights, sampling.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::{
     batch::{Batch, Segment},
@@ -101,6 +101,19 @@ impl Transformer {
 
 /// The rows `[T, D]` of `tokens` in `embed` `[vocab_size, D]`.
 pub(crate) fn lookup(embed: &Weight, tokens: &[u32]) -> Tensor {
+    if embed.device() == Device::Cpu {
+        return gather(embed, tokens);
+    }
     let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
     embed.index_select(0, &Tensor::from_slice(&ids).to_device(embed.device()))
+}
+
+/// The same by plain copies: libtorch would wake its own threads for it, and they do not go to sleep soon.
+fn gather(embed: &Tensor, tokens: &[u32]) -> Tensor {
+    let size = embed.size()[1];
+    let rows = Tensor::empty([tokens.len() as i64, size], (embed.kind(), Device::Cpu));
+    for (row, &token) in tokens.iter().enumerate() {
+        rows.get(row as i64).copy_(&embed.get(i64::from(token)));
+    }
+    rows
 }

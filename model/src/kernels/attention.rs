@@ -22,7 +22,7 @@ use super::{
 use crate::cache::BLOCK_TOKENS;
 
 /// Blocks whose softmax runs through; what is longer is put together from such chunks.
-const CHUNK_BLOCKS: usize = 16;
+const CHUNK_BLOCKS: usize = 4;
 /// Queries (rows by heads) that share one reading of a block.
 const QUERIES: usize = 64;
 /// Heads of one task, at most.

@@ -11,7 +11,7 @@ use super::{
     isa::Isa,
     lanes,
     matrix::Matrix,
-    operand::{Format, Operand, View, round},
+    operand::{Format, Operand, TILE_ROWS, View, round},
     team,
 };
 
@@ -60,6 +60,7 @@ pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
     run_all(&work, &|index, strips, rows| {
         let Job { x, matrix, bias, out, stride, offset } = jobs[index];
         with_scratch(|scratch| {
+            fetch_first(&matrix, &strips, x.rows);
             for strip in strips.clone() {
                 let next = following(&matrix, strip, &strips);
                 let (first, outs) = place(strip, matrix.out);
@@ -80,6 +81,16 @@ pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
 /// Where the strip after `strip` lies, if it is of the same run.
 pub(super) fn following(matrix: &Matrix<'_>, strip: usize, strips: &Range<usize>) -> *const u8 {
     if strip + 1 < strips.end { matrix.row((strip + 1) * STRIP) } else { std::ptr::null() }
+}
+
+/// Has the first strip of a run brought nearer, all at once: nobody has done so while computing what was before it. Of many
+/// rows it does not matter.
+pub(super) fn fetch_first(matrix: &Matrix<'_>, strips: &Range<usize>, rows: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if rows <= TILE_ROWS {
+        let (first, outs) = place(strips.start, matrix.out);
+        tiles::fetch(matrix.row(first), outs * matrix.row_bytes() / 64);
+    }
 }
 
 /// Strips of a job and rows of it.
@@ -156,11 +167,12 @@ impl Work {
     /// For a product of `rows` rows, one of `jobs`.
     pub(super) fn of(matrix: &Matrix<'_>, rows: usize, jobs: usize) -> Self {
         let strips = matrix.out.div_ceil(STRIP);
-        // Three runs a thread or more: who is late leaves his to others.
-        let runs = (3 * team::threads()).div_ceil(jobs);
+        // Two runs a thread or more: who is late leaves his to others.
+        let runs = (2 * team::threads()).div_ceil(jobs);
+        let most = if rows > TILE_ROWS { MOST_STRIPS } else { strips };
         Self {
             strips,
-            run: strips.div_ceil(runs).clamp(1, MOST_STRIPS),
+            run: strips.div_ceil(runs).clamp(1, most.max(1)),
             rows,
             bytes: matrix.out * matrix.row_bytes() * rows.div_ceil(16),
         }

@@ -6,7 +6,7 @@ use super::{
     isa::Isa,
     matrix::Matrix,
     operand::{Format, Operand, Source},
-    product::{self, Job, Out, STRIP, Work, following, place, products, run_all},
+    product::{self, Job, Out, STRIP, Work, fetch_first, following, place, products, run_all},
     rowwise,
 };
 use crate::device::Dtype;
@@ -58,6 +58,8 @@ pub(crate) unsafe fn swiglu(isa: Isa, dtype: Dtype, networks: &[Network<'_>]) {
         let x_up = for_up[index].as_ref().unwrap_or(x).view(rows.clone());
         let x = x.view(rows.clone());
         product::with_two(|one, two| {
+            fetch_first(gate, &strips, x.rows);
+            fetch_first(up, &strips, x.rows);
             for strip in strips.clone() {
                 let (first, outs) = place(strip, gate.out);
                 let gated = one.strip(isa, gate, strip, following(gate, strip, &strips), &x);

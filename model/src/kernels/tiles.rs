@@ -324,7 +324,7 @@ unsafe fn sum_two(
 
 /// Has `lines` cache lines brought nearer.
 #[inline(always)]
-fn fetch(from: *const u8, lines: usize) {
+pub(super) fn fetch(from: *const u8, lines: usize) {
     for line in 0..lines {
         // SAFETY: a hint may point anywhere.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(line * 64).cast()) };

@@ -40,7 +40,7 @@ pub(super) unsafe fn strip(
         Values::Bf16(values) => {
             let weights = values.as_ptr().wrapping_add(first * inner).cast::<u16>();
             // SAFETY: rows `first..first + outs` are there.
-            unsafe { stretch((weights, inner), 0..inner, outs, x, y, &[1.0; STRIP]) };
+            unsafe { stretch((weights, inner), 0..inner, outs, x, y, 1.0) };
         }
         Values::Fp8 { codes, .. } => {
             let tables = Tables::new();
@@ -53,10 +53,10 @@ pub(super) unsafe fn strip(
                     // SAFETY: a line of the codes' number, rounded up.
                     unsafe { tables.decode(row, part.len(), line) };
                 }
-                let scales =
-                    std::array::from_fn(|out| if out < outs { matrix.scale(first + out, part.start) } else { 0.0 });
+                // A strip lies within one row of blocks: those are whole multiples of it.
+                let scale = matrix.scale(first, part.start);
                 // SAFETY: `outs` lines are decoded.
-                unsafe { stretch((decoded.as_ptr(), width), part, outs, x, y, &scales) };
+                unsafe { stretch((decoded.as_ptr(), width), part, outs, x, y, scale) };
             }
         }
         Values::F32(_) => unreachable!("f32 weights are not multiplied in pairs"),
@@ -74,7 +74,7 @@ unsafe fn stretch(
     outs: usize,
     x: &View<'_>,
     y: &mut [f32],
-    scales: &[f32; STRIP],
+    scale: f32,
 ) {
     let mut row = 0;
     while row < x.rows {
@@ -83,15 +83,14 @@ unsafe fn stretch(
         while out < outs {
             let lines = weights.wrapping_add(out * stride);
             let y = y.as_mut_ptr().wrapping_add(row * STRIP + out);
-            let scales = &scales[out..];
             if out + OUTS <= outs {
                 // SAFETY: the block lies within the strip and the operand; so below.
                 unsafe {
                     match rows {
-                        ROWS => block::<OUTS, ROWS>((lines, stride), &part, x, row, y, scales),
-                        3 => block::<OUTS, 3>((lines, stride), &part, x, row, y, scales),
-                        2 => block::<OUTS, 2>((lines, stride), &part, x, row, y, scales),
-                        _ => block::<OUTS, 1>((lines, stride), &part, x, row, y, scales),
+                        ROWS => block::<OUTS, ROWS>((lines, stride), &part, x, row, y, scale),
+                        3 => block::<OUTS, 3>((lines, stride), &part, x, row, y, scale),
+                        2 => block::<OUTS, 2>((lines, stride), &part, x, row, y, scale),
+                        _ => block::<OUTS, 1>((lines, stride), &part, x, row, y, scale),
                     }
                 }
                 out += OUTS;
@@ -99,7 +98,7 @@ unsafe fn stretch(
                 for here in 0..rows {
                     let y = y.wrapping_add(here * STRIP);
                     // SAFETY: as above.
-                    unsafe { block::<1, 1>((lines, stride), &part, x, row + here, y, scales) };
+                    unsafe { block::<1, 1>((lines, stride), &part, x, row + here, y, scale) };
                 }
                 out += 1;
             }
@@ -116,7 +115,7 @@ unsafe fn block<const O: usize, const R: usize>(
     x: &View<'_>,
     row: usize,
     y: *mut f32,
-    scales: &[f32],
+    scale: f32,
 ) {
     let rows: [*const bf16; R] = std::array::from_fn(|r| x.pairs(row + r).wrapping_add(part.start));
     let mut sums = [[_mm512_setzero_ps(); R]; O];
@@ -147,7 +146,7 @@ unsafe fn block<const O: usize, const R: usize>(
             // SAFETY: 16 values; the block lies within `y`.
             unsafe {
                 _mm512_storeu_ps(values.as_mut_ptr(), sum);
-                *y.add(r * STRIP + o) += add_up(values) * scales[o];
+                *y.add(r * STRIP + o) += add_up(values) * scale;
             }
         }
     }

@@ -89,7 +89,7 @@ pub(super) fn fetch_first(matrix: &Matrix<'_>, strips: &Range<usize>, rows: usiz
     #[cfg(target_arch = "x86_64")]
     if rows <= TILE_ROWS {
         let (first, outs) = place(strips.start, matrix.out);
-        tiles::fetch(matrix.row(first), outs * matrix.row_bytes() / 64);
+        tiles::fetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(matrix.row(first), outs * matrix.row_bytes() / 64);
     }
 }
 

@@ -5,7 +5,10 @@
 //! `TDPBF16PS` adds 16 products of the even and 16 of the odd places one after the other, then both sums to the
 //! accumulator (Intel SDM, volume 2). An output's sum sees nothing of other rows or outputs.
 
-use std::arch::{asm, x86_64::*};
+use std::{
+    arch::{asm, x86_64::*},
+    ops::Range,
+};
 
 use half::bf16;
 
@@ -224,7 +227,7 @@ unsafe fn sum_one(
         let mut step = 0;
         while step < steps {
             if !next.is_null() {
-                fetch(next.wrapping_add(step * 2048), 32);
+                fetch::<_MM_HINT_T1>(next.wrapping_add(step * 2048), 32);
             }
             let upper = weights.wrapping_add(step * STEP);
             asm!(
@@ -324,10 +327,10 @@ unsafe fn sum_two(
 
 /// Has `lines` cache lines brought nearer.
 #[inline(always)]
-pub(super) fn fetch(from: *const u8, lines: usize) {
+pub(super) fn fetch<const HINT: i32>(from: *const u8, lines: usize) {
     for line in 0..lines {
         // SAFETY: a hint may point anywhere.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.wrapping_add(line * 64).cast()) };
+        unsafe { _mm_prefetch::<HINT>(from.wrapping_add(line * 64).cast()) };
     }
 }
 
@@ -408,89 +411,115 @@ unsafe fn fp8_strip(
     scratch: &mut Scratch,
     next: *const u8,
 ) {
-    let inner = matrix.inner;
     let (columns, groups) = (x.columns(), x.rows.div_ceil(x.columns()));
     let sums = scratch.sums(groups);
     // SAFETY: as many sums are there.
     unsafe { std::ptr::write_bytes(sums, 0, groups * 2 * SUMS) };
-    let tables = Tables::new();
+    let room = STRIP * matrix.stretches().next().map_or(0, |stretch| stretch.len().next_multiple_of(2 * STEP));
+    let weights = scratch.weights(2 * room);
+    let mut decoder = Decoder { tables: Tables::new(), codes: codes.as_ptr(), inner: matrix.inner, first, outs, next };
     let mut products = [0.0f32; 4 * SUMS];
-    let mut next = next;
-    for stretch in matrix.stretches() {
-        let width = stretch.len().next_multiple_of(2 * STEP);
-        let weights = scratch.weights(STRIP * width);
-        let lines = stretch.len().div_ceil(64);
-        for out in 0..STRIP {
-            let line = weights.wrapping_add(out * width);
-            // SAFETY: line `out` of the scratch; the stretch of row `first + out` where there is one.
-            unsafe {
-                if out < outs {
-                    let row = codes.as_ptr().wrapping_add((first + out) * inner + stretch.start);
-                    // What is decoded next comes nearest now, what the next strip wants comes nearer: half of it here, half
-                    // of it while tiles are multiplied, so that the memory is never idle.
-                    for line in 0..lines {
-                        _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(width + line * 64).cast());
-                    }
-                    if !next.is_null() {
-                        fetch(next, lines / 2);
-                        next = next.wrapping_add(lines / 2 * 64);
-                    }
-                    tables.decode(row, stretch.len(), line);
-                } else {
-                    std::ptr::write_bytes(line, 0, width);
-                }
-            }
+    let mut stretches = matrix.stretches().peekable();
+    let mut here = weights;
+    if let Some(stretch) = stretches.peek() {
+        // SAFETY: there is room for the first stretch, which is as wide as any.
+        unsafe { decoder.decode(stretch, here) };
+    }
+    while let Some(stretch) = stretches.next() {
+        // One stretch ahead: a tile that was just written must reach the cache before it can be loaded.
+        let ahead = if here == weights { weights.wrapping_add(room) } else { weights };
+        if let Some(following) = stretches.peek() {
+            // SAFETY: as above; nobody reads this half.
+            unsafe { decoder.decode(following, ahead) };
         }
-        let scales: [f32; STRIP] =
-            std::array::from_fn(|out| if out < outs { matrix.scale(first + out, stretch.start) } else { 0.0 });
+        // A strip lies within one row of blocks: those are whole multiples of it.
+        let scale = matrix.scale(first, stretch.start);
+        let width = stretch.len().next_multiple_of(2 * STEP);
         let (steps, start) = (stretch.len().div_ceil(STEP), stretch.start / STEP);
         for group in (0..groups).step_by(2) {
             let both = group + 1 < groups;
-            // SAFETY: the scratch holds 32 lines of whole steps; the groups and their sums are there.
+            // SAFETY: this half holds 32 lines of whole steps; the groups and their sums are there.
             unsafe {
                 if both {
                     let rows = (x.tile(group, start), x.tile(group + 1, start), columns);
-                    sum_two((weights, width), rows, steps, products.as_mut_ptr(), false);
+                    sum_two((here, width), rows, steps, products.as_mut_ptr(), false);
                 } else {
                     let rows = (x.tile(group, start), columns);
-                    sum_one((weights, width), rows, steps, products.as_mut_ptr(), false, std::ptr::null());
+                    sum_one((here, width), rows, steps, products.as_mut_ptr(), false, std::ptr::null());
                 }
-                if group == 0 && !next.is_null() {
-                    let left = outs * (lines - lines / 2);
-                    fetch(next, left);
-                    next = next.wrapping_add(left * 64);
+                if group == 0 {
+                    decoder.fetch(outs * stretch.len().div_ceil(128));
                 }
                 for tile in 0..2 + 2 * usize::from(both) {
                     let sums = sums.wrapping_add((group * 2 + tile) * SUMS);
-                    add_scaled(sums, products.as_ptr().add(tile * SUMS), columns, &scales[tile % 2 * TILE_ROWS..]);
+                    add_scaled(sums, products.as_ptr().add(tile * SUMS), columns, scale);
                 }
             }
         }
+        here = ahead;
     }
     // SAFETY: all groups' sums are there, and `y` has a line for every row.
     unsafe { turn_all(sums, x, y) };
 }
 
-/// `sums += products * scales`, all `[16, columns]`, one scale for each of the 16 outputs.
+/// A strip's codes, decoded stretch by stretch, while what comes after the strip is fetched.
+struct Decoder {
+    tables: Tables,
+    codes: *const u8,
+    inner: usize,
+    first: usize,
+    outs: usize,
+    next: *const u8,
+}
+
+impl Decoder {
+    /// To 32 lines of BF16, zeros where there is no output.
+    ///
+    /// # Safety
+    /// As [`strip`]'s; the stretch is of the strip's rows, and `to` has room for it.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi")]
+    unsafe fn decode(&mut self, stretch: &Range<usize>, to: *mut u16) {
+        let width = stretch.len().next_multiple_of(2 * STEP);
+        for out in 0..STRIP {
+            let line = to.wrapping_add(out * width);
+            if out >= self.outs {
+                // SAFETY: line `out`.
+                unsafe { std::ptr::write_bytes(line, 0, width) };
+                continue;
+            }
+            let row = self.codes.wrapping_add((self.first + out) * self.inner + stretch.start);
+            // What is decoded next comes nearest now.
+            fetch::<_MM_HINT_T0>(row.wrapping_add(width), stretch.len().div_ceil(64));
+            // Half of what comes after the strip is fetched here, half while tiles are multiplied: the memory is never idle.
+            self.fetch(stretch.len().div_ceil(128));
+            // SAFETY: the stretch of row `first + out`; line `out`.
+            unsafe { self.tables.decode(row, stretch.len(), line) };
+        }
+    }
+
+    #[inline]
+    fn fetch(&mut self, lines: usize) {
+        if !self.next.is_null() {
+            fetch::<_MM_HINT_T1>(self.next, lines);
+            self.next = self.next.wrapping_add(lines * 64);
+        }
+    }
+}
+
+/// `sums += products * scale`, both `[16, columns]`.
 ///
 /// # Safety
 /// Both hold a tile.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn add_scaled(sums: *mut f32, products: *const f32, columns: usize, scales: &[f32]) {
-    // SAFETY: the caller's.
-    unsafe {
-        if columns == 1 {
-            let scales = _mm512_loadu_ps(scales.as_ptr());
-            let sum = _mm512_fmadd_ps(_mm512_loadu_ps(products), scales, _mm512_loadu_ps(sums));
-            return _mm512_storeu_ps(sums, sum);
-        }
-        let mask = if columns == TILE_ROWS { u16::MAX } else { (1 << columns) - 1 };
-        for (out, scale) in scales.iter().enumerate().take(TILE_ROWS) {
-            let (sums, products) = (sums.add(out * columns), products.add(out * columns));
-            let products = _mm512_maskz_loadu_ps(mask, products);
-            let sum = _mm512_fmadd_ps(products, _mm512_set1_ps(*scale), _mm512_maskz_loadu_ps(mask, sums));
-            _mm512_mask_storeu_ps(sums, mask, sum);
+unsafe fn add_scaled(sums: *mut f32, products: *const f32, columns: usize, scale: f32) {
+    let scale = _mm512_set1_ps(scale);
+    for sixteen in 0..columns {
+        // SAFETY: a tile has 16 times `columns` values.
+        unsafe {
+            let (sums, products) = (sums.add(sixteen * TILE_ROWS), products.add(sixteen * TILE_ROWS));
+            _mm512_storeu_ps(sums, _mm512_fmadd_ps(_mm512_loadu_ps(products), scale, _mm512_loadu_ps(sums)));
         }
     }
 }

@@ -24,6 +24,9 @@ const CASES: [(usize, usize); 6] = [(1, 144), (4, 144), (16, 144), (64, 72), (25
 /// Experts in turns: 1.2 GB in bf16. The other half of what is loaded is the other side's, where it must be expanded.
 const EXPERTS: usize = 72;
 const THREADS: usize = 2;
+/// Calls of one side before it is the other's turn: each gets the machine to itself.
+const CALLS_A_TURN: usize = 12;
+const UNCOUNTED: usize = 3;
 
 #[derive(Debug)]
 pub(crate) struct Report {
@@ -81,20 +84,25 @@ fn in_turns(folder: &Path, weights: Weights) -> anyhow::Result<Vec<Case>> {
         let values = values.repeat(rows);
         let (batch, plain_rows) = (batch(&values, rows), PlainRows::new(&values, hidden));
         let (mut ours, mut libtorch) = (Samples::default(), Samples::default());
-        // The first calls of a size choose kernels and allocate.
-        for turn in 0..calls + 2 {
-            // Half the experts apart, so that neither finds what the other has just read.
-            let one = &experts[turn % experts.len()].0;
-            let other = &experts[(turn + experts.len() / 2) % experts.len()].1;
-            let began = Instant::now();
-            let computed = call(one, &batch)?;
-            let took = began.elapsed();
-            std::hint::black_box(computed);
-            let began = Instant::now();
-            std::hint::black_box(other.forward(&plain_rows));
-            if turn >= 2 {
-                libtorch.push_us(began.elapsed());
-                ours.push_us(took);
+        let [mut ours_turn, mut libtorch_turn] = [0, experts.len() / 2].map(|first| (first..).map(|n| n % experts.len()));
+        for _ in 0..calls.div_ceil(CALLS_A_TURN) {
+            // The first calls of a turn are not counted: a size's kernels are chosen and memory is had, and the other side's
+            // threads spin on for a while.
+            for call_number in 0..CALLS_A_TURN + UNCOUNTED {
+                let Some(expert) = ours_turn.next() else { break };
+                let began = Instant::now();
+                std::hint::black_box(call(&experts[expert].0, &batch)?);
+                if call_number >= UNCOUNTED {
+                    ours.push_us(began.elapsed());
+                }
+            }
+            for call_number in 0..CALLS_A_TURN + UNCOUNTED {
+                let Some(expert) = libtorch_turn.next() else { break };
+                let began = Instant::now();
+                std::hint::black_box(experts[expert].1.forward(&plain_rows));
+                if call_number >= UNCOUNTED {
+                    libtorch.push_us(began.elapsed());
+                }
             }
         }
         cases.push(Case { weights, bytes: checkpoint.expert_bytes(), rows, ours, libtorch });

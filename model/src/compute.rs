@@ -87,14 +87,15 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
             .collect());
     };
     let hidden = any.hidden_size();
-    let mut outputs: Vec<Vec<f32>> = batches.iter().map(|batch| vec![0.0; batch.expert_ids.len() * hidden]).collect();
+    let mut outputs: Vec<Vec<f32>> =
+        batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
     let row = |assignment: &Assignment| {
         &batches[assignment.batch].hidden[assignment.row * hidden..(assignment.row + 1) * hidden]
     };
     if experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len())) {
-        by_kernels(&experts, &row, &mut outputs, hidden);
+        by_kernels(&experts, &row, batches, &mut outputs, hidden);
     } else {
-        by_libtorch(&experts, &row, &mut outputs, hidden);
+        by_libtorch(&experts, &row, batches, &mut outputs, hidden);
     }
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
 }
@@ -103,6 +104,7 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
 fn by_kernels<'a>(
     experts: &[(&Expert, &Vec<Assignment>)],
     row: &(dyn Fn(&Assignment) -> &'a [f32] + Sync),
+    batches: &[&ExpertBatch],
     outputs: &mut [Vec<f32>],
     hidden: usize,
 ) {
@@ -121,10 +123,14 @@ fn by_kernels<'a>(
             expert.network(Source { rows: assignments.len(), row }, Out::Scattered(places))
         })
         .collect();
-    // SAFETY: every assignment has a row of its own in the outputs, which nobody else touches until this returns.
+    // SAFETY: every assignment has a row of its own in the outputs, for which there is room and which nobody else touches
+    // until this returns; then all rows of all batches are written, since each has its assignments in one expert or another.
     #[allow(unsafe_code)]
     unsafe {
         swiglu(Isa::best(), any.compute().dtype, &networks);
+        for (output, batch) in outputs.iter_mut().zip(batches) {
+            output.set_len(batch.expert_ids.len() * hidden);
+        }
     }
 }
 
@@ -132,6 +138,7 @@ fn by_kernels<'a>(
 fn by_libtorch<'a>(
     experts: &[(&Expert, &Vec<Assignment>)],
     row: &dyn Fn(&Assignment) -> &'a [f32],
+    batches: &[&ExpertBatch],
     outputs: &mut [Vec<f32>],
     hidden: usize,
 ) {
@@ -149,6 +156,9 @@ fn by_libtorch<'a>(
         })
         .collect();
     let computed = Hidden::one_after_the_other(&parts).to_rows();
+    for (output, batch) in outputs.iter_mut().zip(batches) {
+        output.resize(batch.expert_ids.len() * hidden, 0.0);
+    }
     for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments()) {
         outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
     }

@@ -16,12 +16,12 @@ use std::{
 
 use parking_lot::{Mutex, MutexGuard};
 
-/// How often a member looks for work before it lets others have the processor: about 30 µs.
-const LOOKS: u32 = 600;
+/// How often a member looks for work before it lets others have the processor: some µs, as its process has company.
+const LOOKS: u32 = 50;
 /// And how often it does that before it sleeps. Waking it takes longer than many a product.
-const YIELDS: u32 = 300;
+const YIELDS: u32 = 500;
 /// How often the caller looks whether the others are done before it lets others run.
-const LOOKS_AT_END: u32 = 2_000;
+const LOOKS_AT_END: u32 = 100;
 
 /// The next task of work that has none left, whatever its number.
 const CLOSED: u64 = u32::MAX as u64;

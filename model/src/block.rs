@@ -14,6 +14,7 @@ use crate::{
     expert::Mlp,
     gate::{Gate, Routing},
     hidden::Hidden,
+    kernels::team,
     mla::Mla,
     norm::RmsNorm,
 };
@@ -123,6 +124,8 @@ impl Moe {
     /// `x + (routed + shared)`, where `routed` is the whole weighted sum over each row's experts, f32 `[T, D]`.
     pub fn finish(&self, x: &Hidden, routed: &[f32], shared: Option<Hidden>) -> Hidden {
         if x.0.device() == Device::Cpu {
+            // The next layer's attention is next.
+            team::rouse();
             return x.plus_values(routed, shared.as_ref().map(|shared| &shared.0));
         }
         let routed = Hidden::like(x, routed).0;

@@ -84,7 +84,9 @@ async fn all_workers_are_killed_and_one_comes() {
     let report = drill.end().await;
     assert!(report.failed > 0, "without workers, requests wait until their deadline");
     for failure in &report.failures {
-        assert!(failure.starts_with("Unavailable") && failure.contains("retry_delay: Some"), "{failure}");
+        // Some met their deadline, some were told at once that they would: others waited for the experts before them.
+        let foreseen = failure.starts_with("Unavailable") || failure.contains("OVERLOADED");
+        assert!(foreseen && failure.contains("retry_delay: Some"), "{failure}");
     }
 }
 

@@ -19,7 +19,7 @@ use parking_lot::{Mutex, MutexGuard};
 /// How often a member looks for work before it lets others have the processor: some µs, as its process has company.
 const LOOKS: u32 = 50;
 /// And how often it does that before it sleeps. Waking it takes longer than many a product.
-const YIELDS: u32 = 500;
+const YIELDS: u32 = 200;
 /// How often the caller looks whether the others are done before it lets others run.
 const LOOKS_AT_END: u32 = 100;
 
@@ -34,6 +34,15 @@ pub(crate) fn run(tasks: usize, task: &Task<'_>) {
     match team.and_then(|team| team.lead.try_lock().map(|lead| (team, lead))) {
         Some((team, lead)) if tasks > 1 && !team.members.is_empty() => team.run(lead, tasks, task),
         _ => (0..tasks).for_each(task),
+    }
+}
+
+/// Wakes the members that sleep, since there will be work soon: they are awake when it is there.
+pub(crate) fn rouse() {
+    if let Some(team) = TEAM.get() {
+        team.shared.sleeping.iter().zip(&team.members).filter(|(sleeping, _)| sleeping.load(Relaxed)).for_each(
+            |(_, member)| member.unpark(),
+        );
     }
 }
 

@@ -107,12 +107,16 @@ pub async fn layer(
     };
     let (routing, rows) = spent.in_phase(phases, Phase::Gate, || (moe.route(&normed), normed.to_rows()));
     let sent = Instant::now();
-    // The exchange is polled first: its rows are on their way while the shared expert is computed here.
-    let (routed, shared) = tokio::join!(
-        biased;
-        machine.exchange.routed(block.layer() as u32, &rows, &routing, deadline),
-        async { spent.in_phase(phases, Phase::Shared, || moe.shared(&normed)) }
-    );
+    let routed = machine.exchange.routed(block.layer() as u32, &rows, &routing, deadline);
+    let shared = || spent.in_phase(phases, Phase::Shared, || moe.shared(&normed));
+    let (routed, shared) = if machine.exchange.workers.snapshot().all_beside {
+        // On the same processors the two would only wait for each other, and be moved about.
+        let shared = shared();
+        (routed.await, shared)
+    } else {
+        // The exchange is polled first: its rows are on their way while the shared expert is computed here.
+        tokio::join!(biased; routed, async { shared() })
+    };
     spent.away.set(spent.away.get() + sent.elapsed());
     let routed = routed?;
     Ok(spent.in_phase(phases, Phase::Combine, || moe.finish(&x, &routed, shared)))

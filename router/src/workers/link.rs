@@ -60,6 +60,8 @@ struct Shared {
     address: String,
     /// The Unix socket that it told of, where it runs on this very host.
     local: Option<String>,
+    /// It runs on this very host, and computes on its processors.
+    beside: bool,
     hidden: usize,
     next_batch: AtomicU64,
     stream: Mutex<Stream>,
@@ -139,7 +141,15 @@ impl Drop for Forget<'_> {
     }
 }
 
+/// The device of a worker that computes on processors.
+const ON_PROCESSORS: &str = "cpu";
+
 impl Link {
+    /// Whether the worker runs on this very host and computes on its processors, as far as its record tells.
+    pub fn is_beside(&self) -> bool {
+        self.0.beside
+    }
+
     /// Starts connecting to `worker`, on `wire`. Each change of state sends one event.
     pub(super) fn open(
         worker: &WorkerRecord,
@@ -150,11 +160,13 @@ impl Link {
         stop: CancellationToken,
     ) -> Self {
         let here = |local: &&LocalSocket| listen::boot_id().is_some_and(|boot_id| boot_id == local.boot_id);
+        let local = worker.local.as_ref().filter(here);
         let link = Self(Arc::new(Shared {
             worker: worker.id.clone(),
+            beside: local.is_some() && worker.device == ON_PROCESSORS,
             incarnation: worker.incarnation,
             address: worker.address.clone(),
-            local: worker.local.as_ref().filter(here).map(|local| local.name.clone()),
+            local: local.map(|local| local.name.clone()),
             hidden,
             next_batch: AtomicU64::new(1),
             stream: Mutex::default(),

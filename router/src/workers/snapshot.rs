@@ -47,13 +47,15 @@ pub struct Snapshot {
     pub plan_version: PlanVersion,
     /// Reachable workers, by name.
     pub workers: Vec<Reach>,
+    /// All of them compute on the very processors that this router computes on.
+    pub all_beside: bool,
     /// Per layer, per expert.
     holders: BTreeMap<u32, Vec<Held>>,
 }
 
 impl Snapshot {
     pub(super) fn empty() -> Self {
-        Self { plan_version: PlanVersion(0), workers: Vec::new(), holders: BTreeMap::new() }
+        Self { plan_version: PlanVersion(0), workers: Vec::new(), all_beside: false, holders: BTreeMap::new() }
     }
 
     /// Of `known` workers, those whose link is up, by what `state` says of the plan.
@@ -65,6 +67,7 @@ impl Snapshot {
             snapshot.add(state, record, link);
         }
         snapshot.compare_speeds();
+        snapshot.all_beside = snapshot.workers.iter().all(|worker| worker.link.is_beside());
         snapshot
     }
 

@@ -84,7 +84,8 @@ fn in_turns(folder: &Path, weights: Weights) -> anyhow::Result<Vec<Case>> {
         let values = values.repeat(rows);
         let (batch, plain_rows) = (batch(&values, rows), PlainRows::new(&values, hidden));
         let (mut ours, mut libtorch) = (Samples::default(), Samples::default());
-        let [mut ours_turn, mut libtorch_turn] = [0, experts.len() / 2].map(|first| (first..).map(|n| n % experts.len()));
+        let [mut ours_turn, mut libtorch_turn] =
+            [0, experts.len() / 2].map(|first| (first..).map(|n| n % experts.len()));
         for _ in 0..calls.div_ceil(CALLS_A_TURN) {
             // The first calls of a turn are not counted: a size's kernels are chosen and memory is had, and the other side's
             // threads spin on for a while.

@@ -171,9 +171,7 @@ fn tile(compute: Compute) -> Option<i64> {
 
 fn padded(weight: Stored, out: i64) -> Stored {
     match weight {
-        Stored::Plain(weight) => {
-            Stored::Plain(Weight::owned(weight.constant_pad_nd([0, 0, 0, TILE_COLUMNS - out])))
-        }
+        Stored::Plain(weight) => Stored::Plain(Weight::owned(weight.constant_pad_nd([0, 0, 0, TILE_COLUMNS - out]))),
         fp8 => fp8,
     }
 }

@@ -70,7 +70,11 @@ impl RmsNorm {
             }
         };
         let count = x.numel() / size;
-        if x.numel() < VALUES_FOR_TEAM { (0..count).for_each(row) } else { team::run(count, &row) }
+        if x.numel() < VALUES_FOR_TEAM {
+            (0..count).for_each(row);
+        } else {
+            team::run(count, &row);
+        }
         y
     }
 

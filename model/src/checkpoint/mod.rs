@@ -102,7 +102,8 @@ impl Checkpoint {
     /// As [`load`](Self::load)'s.
     pub(crate) fn load_stored(&self, name: &str, [out, inner]: [usize; 2]) -> Result<Stored, Error> {
         let located = self.files.tensors.get(name);
-        let Some((located, blocks)) = located.filter(|located| located.dtype == Dtype::F8_E4M3).zip(self.config.quantization)
+        let Some((located, blocks)) =
+            located.filter(|located| located.dtype == Dtype::F8_E4M3).zip(self.config.quantization)
         else {
             return Ok(Stored::Plain(self.load(name, &[out, inner])?));
         };

@@ -79,13 +79,7 @@ struct Running {
 }
 
 /// Queries `[T, H, C+R]` to `[T, H, C]`.
-pub(crate) fn attend(
-    isa: Isa,
-    shape: Shape,
-    blocks: Blocks<'_>,
-    queries: &[f32],
-    spans: &[Span<'_>],
-) -> Vec<f32> {
+pub(crate) fn attend(isa: Isa, shape: Shape, blocks: Blocks<'_>, queries: &[f32], spans: &[Span<'_>]) -> Vec<f32> {
     let rows: usize = spans.iter().map(|span| span.rows).sum();
     assert_eq!(queries.len(), rows * shape.heads * shape.width, "a query per row and head");
     let tasks = divide(shape, spans);
@@ -246,9 +240,7 @@ impl Queries<'_> {
 
     /// All queries by the 64 keys of `block`.
     fn score(&self, block: u32, next: Option<&u32>, scores: &mut [[f32; BLOCK_TOKENS]]) {
-        let of = |block: u32| {
-            Matrix::new(self.blocks.block(self.shape.width, block), BLOCK_TOKENS, self.shape.width)
-        };
+        let of = |block: u32| Matrix::new(self.blocks.block(self.shape.width, block), BLOCK_TOKENS, self.shape.width);
         let keys = of(block);
         let next = next.map_or(std::ptr::null(), |next| of(*next).row(0));
         with_scratch(|scratch| {

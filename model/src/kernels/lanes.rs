@@ -158,6 +158,7 @@ unsafe fn typed<L: Lanes, W: Element>(
 
 /// `O` outputs by `R` rows.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "one index runs over several arrays")]
 unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
     (weights, out, row): (*const W, usize, usize),
     matrix: &Matrix<'_>,

@@ -19,7 +19,11 @@ pub(crate) enum Values<'a> {
     Bf16(&'a [bf16]),
     /// E4M3 codes, and a scale per block of `block` by `block`: `[ceil(out / block), ceil(inner / block)]`. As
     /// DeepSeek-V3 stores its weights (`weight_scale_inv`; `inference/kernel.py`, `weight_dequant`).
-    Fp8 { codes: &'a [u8], scales: &'a [f32], block: usize },
+    Fp8 {
+        codes: &'a [u8],
+        scales: &'a [f32],
+        block: usize,
+    },
 }
 
 impl<'a> Matrix<'a> {

@@ -33,7 +33,6 @@ pub(crate) mod rowwise;
 pub(crate) mod attention;
 pub(crate) mod tensor;
 
-
 pub(crate) use isa::Isa;
 pub(crate) use matrix::Matrix;
 pub(crate) use operand::{Format, Operand, Rows, Source};

@@ -147,15 +147,18 @@ impl Operand {
             }
         };
         let groups = rows.div_ceil(TILE_ROWS);
-        if rows >= ROWS_FOR_TEAM { team::run(groups, &group) } else { (0..groups).for_each(group) }
+        if rows >= ROWS_FOR_TEAM {
+            team::run(groups, &group);
+        } else {
+            (0..groups).for_each(group);
+        }
         operand
     }
 
     /// A whole group of 16 rows into tiles at once; `false` where it is no such group, or rows are not whole steps.
     fn lay_out_group<'a>(&self, group: usize, row: &(dyn Fn(usize) -> Rows<'a> + Sync)) -> bool {
-        let whole = self.format == Format::Tiles
-            && self.inner.is_multiple_of(STEP)
-            && (group + 1) * TILE_ROWS <= self.rows;
+        let whole =
+            self.format == Format::Tiles && self.inner.is_multiple_of(STEP) && (group + 1) * TILE_ROWS <= self.rows;
         if !whole {
             return false;
         }
@@ -195,7 +198,12 @@ impl Operand {
             while first + TILE_ROWS <= rows.len() && self.columns() == TILE_ROWS {
                 let lines = std::array::from_fn(|line| values[(first + line) * stride..][..len].as_ptr());
                 // SAFETY: as above.
-                unsafe { super::tiles::lay_out_f32(lines, self.tile((rows.start + first) / TILE_ROWS, start / STEP).cast_mut()) };
+                unsafe {
+                    super::tiles::lay_out_f32(
+                        lines,
+                        self.tile((rows.start + first) / TILE_ROWS, start / STEP).cast_mut(),
+                    );
+                };
                 first += TILE_ROWS;
             }
         }

@@ -5,8 +5,6 @@ use std::{cell::RefCell, ops::Range};
 
 use half::bf16;
 
-#[cfg(target_arch = "x86_64")]
-use super::{pairs, tiles};
 use super::{
     isa::Isa,
     lanes,
@@ -14,6 +12,8 @@ use super::{
     operand::{Format, Operand, TILE_ROWS, View, round},
     team,
 };
+#[cfg(target_arch = "x86_64")]
+use super::{pairs, tiles};
 
 /// Outputs that are computed together.
 pub(super) const STRIP: usize = lanes::STRIP;

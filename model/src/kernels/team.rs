@@ -40,9 +40,12 @@ pub(crate) fn run(tasks: usize, task: &Task<'_>) {
 /// Wakes the members that sleep, since there will be work soon: they are awake when it is there.
 pub(crate) fn rouse() {
     if let Some(team) = TEAM.get() {
-        team.shared.sleeping.iter().zip(&team.members).filter(|(sleeping, _)| sleeping.load(Relaxed)).for_each(
-            |(_, member)| member.unpark(),
-        );
+        team.shared
+            .sleeping
+            .iter()
+            .zip(&team.members)
+            .filter(|(sleeping, _)| sleeping.load(Relaxed))
+            .for_each(|(_, member)| member.unpark());
     }
 }
 
@@ -163,7 +166,11 @@ impl Shared {
             }
             looks += 1;
             if looks < LOOKS + YIELDS {
-                if looks < LOOKS { spin_loop() } else { thread::yield_now() }
+                if looks < LOOKS {
+                    spin_loop();
+                } else {
+                    thread::yield_now();
+                }
                 continue;
             }
             self.sleeping[number].store(true, SeqCst);

@@ -129,7 +129,11 @@ unsafe fn bf16_strip(
             // SAFETY: line `out` of the scratch; row `first + out` of the weights where there is one.
             unsafe {
                 let filled = if out < outs { inner } else { 0 };
-                std::ptr::copy_nonoverlapping(values.as_ptr().add((first + out.min(outs - 1)) * inner).cast(), line, filled);
+                std::ptr::copy_nonoverlapping(
+                    values.as_ptr().add((first + out.min(outs - 1)) * inner).cast(),
+                    line,
+                    filled,
+                );
                 std::ptr::write_bytes(line.add(filled), 0, padded - filled);
             }
         }
@@ -596,7 +600,8 @@ unsafe fn turn_all(sums: *const f32, x: &View<'_>, y: &mut [f32]) {
             let rows = y.len() / STRIP;
             if columns == TILE_ROWS {
                 // SAFETY: a whole tile of sums.
-                let turned = transpose(std::array::from_fn(|out| unsafe { _mm512_loadu_ps(sums.add(out * TILE_ROWS)) }));
+                let turned =
+                    transpose(std::array::from_fn(|out| unsafe { _mm512_loadu_ps(sums.add(out * TILE_ROWS)) }));
                 for (row, line) in turned.into_iter().enumerate().take(rows) {
                     // SAFETY: half a line of row `row`.
                     unsafe { _mm512_storeu_ps(y.as_mut_ptr().add(row * STRIP + half * TILE_ROWS), line) };

@@ -219,7 +219,7 @@ mod tests {
     }
 
     impl Mla {
-        fn to_kind(&mut self, compute: Compute) {
+        fn become_of(&mut self, compute: Compute) {
             let linear = |linear: &Linear| {
                 let weight = linear.plain().to_kind(compute.kind());
                 Linear::new(Stored::Plain(Weight::owned(weight)), None, compute)
@@ -329,9 +329,10 @@ mod tests {
         for dtype in [Dtype::F32, Dtype::Bf16] {
             let mut mla = random_mla(Numerics::Reproducible);
             let kind = if dtype == Dtype::F32 { Kind::Float } else { Kind::BFloat16 };
-            mla.to_kind(Compute { dtype, numerics: Numerics::Reproducible, ..Compute::REFERENCE });
+            mla.become_of(Compute { dtype, numerics: Numerics::Reproducible, ..Compute::REFERENCE });
             let rope = Rope::new(&config, mla.rope as usize, tch::Device::Cpu);
-            let cache = KvCache::of(Tensor::zeros([32, BLOCK_TOKENS as i64, mla.latent + mla.rope], FLOAT).to_kind(kind));
+            let cache =
+                KvCache::of(Tensor::zeros([32, BLOCK_TOKENS as i64, mla.latent + mla.rope], FLOAT).to_kind(kind));
             let _ = cache.rows(0, &Keys::Run { first: 0 }, 0, 32 * 64).uniform_(-1.0, 1.0);
             for context in [3, 640, 1050] {
                 let segments = step(context);

@@ -20,7 +20,7 @@ const PROMPT: usize = 32;
 const TOKENS: u32 = 48;
 const PREFILL: usize = 512;
 /// Everybody is measured this often, one after the other.
-const TURNS: usize = 3;
+const TURNS: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct Report {

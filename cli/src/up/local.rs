@@ -360,13 +360,13 @@ fn specs(
     expected: &Expected,
 ) -> Vec<Spec> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    // Routers and workers compute in turns, those of a kind side by side.
-    let threads = |of_a_kind: usize| args.threads.map_or((cores / of_a_kind.max(1)).max(1), usize::from).to_string();
-    let (of_routers, of_workers) = (threads(usize::from(args.routers)), threads(usize::from(args.workers)));
+    // Everybody may have all: who has nothing to compute lets others, and a layer's experts are never spread evenly.
+    let threads = args.threads.map_or(cores, usize::from);
     let mut shared: Vec<OsString> = vec!["--model".into(), model.into(), "--die-with-parent".into()];
     let mut flag = |name: &str, value: String| shared.extend([name.into(), value.into()]);
     flag("--store", store.to_owned());
     flag("--cluster", cluster.to_string());
+    flag("--threads", threads.to_string());
     flag("--admin-listen", "127.0.0.1:0".to_owned());
     flag("--drain-grace", CHILD_GRACE_SECONDS.to_owned());
     flag("--log-format", if args.log_format == LogFormat::Json { "json" } else { "text" }.to_owned());
@@ -382,7 +382,7 @@ fn specs(
         args.extend(own.into_iter().map(OsString::from));
         Spec { name, role, program: program.to_owned(), args }
     };
-    let mut own = vec!["--replicas".to_owned(), args.replicas.to_string(), "--threads".to_owned(), of_routers];
+    let mut own = vec!["--replicas".to_owned(), args.replicas.to_string()];
     // The first plan waits for all, so that nothing is loaded twice.
     own.extend(["--min-workers".to_owned(), args.workers.to_string()]);
     if let Some(combine) = &args.combine {
@@ -391,10 +391,7 @@ fn specs(
     let host = args.listen.rsplit_once(':').map_or(args.listen.as_str(), |(host, _)| host);
     let further = format!("{host}:0");
     let workers = expected.workers.iter();
-    let workers = workers.map(|id| {
-        let own = vec!["--threads".to_owned(), of_workers.clone()];
-        spec(id.to_string(), Role::Worker, &programs.worker, "127.0.0.1:0", own)
-    });
+    let workers = workers.map(|id| spec(id.to_string(), Role::Worker, &programs.worker, "127.0.0.1:0", Vec::new()));
     let routers = expected.routers.iter().enumerate().map(|(index, id)| {
         let listen = if index == 0 { &args.listen } else { &further };
         spec(id.to_string(), Role::Router, &programs.router, listen, own.clone())

@@ -65,7 +65,7 @@ pub(crate) struct Args {
     /// Name within the store; a name made up here is wiped from it at the end, one given is not.
     #[arg(long, value_name = "NAME")]
     cluster: Option<Cluster>,
-    /// Compute threads of each process; by default routers share the cores among themselves, and so do workers.
+    /// Compute threads of each process; by default as many as there are cores.
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
     /// How the processes' log lines look.

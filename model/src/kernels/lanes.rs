@@ -268,6 +268,24 @@ impl Lanes for Portable {
     }
 }
 
+/// 16 codes as the f16 numbers that are 2^-8 times their values, subnormals included.
+///
+/// # Safety
+/// The processor has AVX2; 16 codes are there.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn e4m3_as_f16(from: *const u8) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe {
+        let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
+        let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
+        let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
+        let half = _mm256_or_si256(sign, _mm256_slli_epi16::<7>(magnitude));
+        let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+        _mm256_or_si256(half, nan)
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 struct Avx512(__m512);
@@ -301,20 +319,10 @@ impl Lanes for Avx512 {
         }
     }
 
-    /// By way of f16, which has the same mantissa's worth of bits and more: `code = value * 2^-8` there, subnormals
-    /// included.
     #[inline(always)]
     unsafe fn e4m3(from: *const u8) -> Self {
         // SAFETY: the caller's.
-        unsafe {
-            let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
-            let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
-            let half = _mm256_or_si256(sign, _mm256_slli_epi16::<7>(magnitude));
-            let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-            let value = _mm512_cvtph_ps(_mm256_or_si256(half, nan));
-            Self(_mm512_mul_ps(value, _mm512_set1_ps(256.0)))
-        }
+        unsafe { Self(_mm512_mul_ps(_mm512_cvtph_ps(e4m3_as_f16(from)), _mm512_set1_ps(256.0))) }
     }
 
     #[inline(always)]
@@ -368,14 +376,9 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn e4m3(from: *const u8) -> Self {
-        // SAFETY: the caller's. As for AVX-512.
+        // SAFETY: the caller's.
         unsafe {
-            let codes = _mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast()));
-            let magnitude = _mm256_and_si256(codes, _mm256_set1_epi16(0x7f));
-            let sign = _mm256_slli_epi16::<8>(_mm256_and_si256(codes, _mm256_set1_epi16(0x80)));
-            let half = _mm256_or_si256(sign, _mm256_slli_epi16::<7>(magnitude));
-            let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
-            let half = _mm256_or_si256(half, nan);
+            let half = e4m3_as_f16(from);
             let scale = _mm256_set1_ps(256.0);
             let low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
             let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half));

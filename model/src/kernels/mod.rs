@@ -9,7 +9,7 @@
 //! may differ in the last places; two processors with the same one do not.
 //!
 //! Reading order: [`isa`] says what this processor can do, [`team`] divides work over threads, [`matrix`] and [`operand`]
-//! are the two sides of a product, [`reference`] says plainly what a product is; [`lanes`], [`pairs`] and [`tiles`] compute
+//! are the two sides of a product, [`reference`] says plainly what a product is; [`lanes`], [`pairs`] and [`tiles`] (the last two by way of [`e4m3`]) compute
 //! it with vectors of f32, with dot products of BF16 pairs, and with AMX; [`product`] and [`swiglu`] put it to use. Then what
 //! goes row by row: [`rowwise`], and [`attention`] over the latent cache; [`tensor`] is the door to libtorch's memory.
 
@@ -23,6 +23,8 @@ pub(crate) mod operand;
 #[cfg(test)]
 mod reference;
 mod lanes;
+#[cfg(target_arch = "x86_64")]
+mod e4m3;
 #[cfg(target_arch = "x86_64")]
 mod pairs;
 #[cfg(target_arch = "x86_64")]

@@ -7,10 +7,10 @@ use std::arch::x86_64::*;
 use half::bf16;
 
 use super::{
+    e4m3::Tables,
     lanes::add_up,
     matrix::{Matrix, Values},
     operand::{STEP, View},
-    tiles::Tables,
 };
 
 /// Outputs of one strip.

@@ -93,14 +93,8 @@ fn wide(x: &Tensor) -> Tensor {
     if x.device() != Device::Cpu {
         return x.to_kind(Kind::Float);
     }
-    let y = Tensor::empty(x.size().as_slice(), (Kind::Float, Device::Cpu));
-    let values = tensor::rows(&x.contiguous()).to_f32(Isa::best());
-    // SAFETY: `y` is as large as `x`, and nobody else's yet.
-    #[allow(unsafe_code)]
-    unsafe {
-        tensor::out(&y).write(0, &values);
-    }
-    y
+    // libtorch's own conversion would wake its threads.
+    Tensor::from_slice(&tensor::rows(&x.contiguous()).to_f32(Isa::best())).view(x.size().as_slice())
 }
 
 fn floats(tensor: &Tensor) -> Vec<f32> {

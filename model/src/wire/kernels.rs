@@ -6,74 +6,30 @@
 //! float operations, so the three agree bit for bit by construction, and the tests hold them to `reference` beside them.
 
 use super::FP8_MAX;
-
-/// What this machine can do. Asking is a load and a test.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Level {
-    #[cfg(target_arch = "x86_64")]
-    Avx512,
-    #[cfg(target_arch = "x86_64")]
-    Avx2,
-    Portable,
-}
-
-impl Level {
-    fn here() -> Self {
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-            {
-                return Self::Avx512;
-            }
-            if is_x86_feature_detected!("avx2") {
-                return Self::Avx2;
-            }
-        }
-        Self::Portable
-    }
-
-    /// All that can be run here.
-    #[cfg(test)]
-    fn all() -> Vec<Self> {
-        let mut all = vec![Self::Portable];
-        #[cfg(target_arch = "x86_64")]
-        {
-            if is_x86_feature_detected!("avx2") {
-                all.push(Self::Avx2);
-            }
-            if Self::here() == Self::Avx512 {
-                all.push(Self::Avx512);
-            }
-        }
-        all
-    }
-}
+use crate::kernels::Isa;
 
 /// For each loop: a function that takes the best of its three forms, and one that is told which.
-macro_rules! by_level {
+macro_rules! by_isa {
     ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?;)*) => {
         $($(#[$doc])*
         pub(super) fn $name($($arg: $type),*) $(-> $out)? {
-            at::$name(Level::here(), $($arg),*)
+            at::$name(Isa::best(), $($arg),*)
         })*
 
         pub(super) mod at {
-            use super::Level;
+            use super::Isa;
 
             $(#[allow(unsafe_code)]
             #[inline]
-            pub(in super::super) fn $name(level: Level, $($arg: $type),*) $(-> $out)? {
-                match level {
-                    // SAFETY: this level is made only where the processor has all the features that the function names.
+            pub(in super::super) fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
+                match isa {
+                    // SAFETY: an `Isa` is only ever one that this processor has, and these have all that the function names.
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx512 => unsafe { super::avx512::$name($($arg),*) },
+                    Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { super::avx512::$name($($arg),*) },
                     // SAFETY: as above.
                     #[cfg(target_arch = "x86_64")]
-                    Level::Avx2 => unsafe { super::avx2::$name($($arg),*) },
-                    Level::Portable => super::portable::$name($($arg),*),
+                    Isa::Avx2 => unsafe { super::avx2::$name($($arg),*) },
+                    _ => super::portable::$name($($arg),*),
                 }
             })*
         }
@@ -96,7 +52,7 @@ macro_rules! by_level {
     };
 }
 
-by_level! {
+by_isa! {
     /// f32 to bf16, ties to even; a NaN stays one.
     fn bf16_encode(values: &[f32], out: &mut [[u8; 2]]);
     /// bf16 to f32.
@@ -119,18 +75,11 @@ by_level! {
 
 mod portable {
     use super::FP8_MAX;
+    use crate::kernels::operand::round;
 
     const INFINITE: u32 = f32::INFINITY.to_bits();
     /// The least magnitude that e4m3 has as a normal number, 2^-6.
     const FP8_NORMAL: u32 = 121 << 23;
-
-    #[inline(always)]
-    fn to_bf16(value: f32) -> u16 {
-        let bits = value.to_bits();
-        let rounded = bits.wrapping_add(0x7fff).wrapping_add((bits >> 16) & 1) >> 16;
-        let quiet = (bits >> 16) | 0x40;
-        (if bits & 0x7fff_ffff > INFINITE { quiet } else { rounded }) as u16
-    }
 
     #[inline(always)]
     fn from_bf16(bytes: [u8; 2]) -> f32 {
@@ -165,7 +114,7 @@ mod portable {
     #[inline(always)]
     pub(super) fn bf16_encode(values: &[f32], out: &mut [[u8; 2]]) {
         for (out, value) in out.iter_mut().zip(values) {
-            *out = to_bf16(*value).to_le_bytes();
+            *out = round(*value).to_le_bytes();
         }
     }
 
@@ -285,47 +234,47 @@ mod tests {
     fn every_byte_and_every_bf16_is_read_as_its_definition_reads_it() {
         let bytes: Vec<u8> = (0..=255).collect();
         let halves: Vec<[u8; 2]> = (0..=u16::MAX).map(u16::to_le_bytes).collect();
-        for level in Level::all() {
+        for isa in Isa::available() {
             let mut out = vec![0.0; bytes.len()];
-            at::fp8_decode_block(level, &bytes, 0.37, &mut out);
-            assert_eq!(numbers(&out), numbers(&reference::fp8_decode_block(&bytes, 0.37)), "{level:?}");
-            at::fp8_decode_block(level, &bytes, 1.0, &mut out);
-            assert_eq!(numbers(&out), numbers(&reference::fp8_decode_block(&bytes, 1.0)), "{level:?}");
+            at::fp8_decode_block(isa, &bytes, 0.37, &mut out);
+            assert_eq!(numbers(&out), numbers(&reference::fp8_decode_block(&bytes, 0.37)), "{isa:?}");
+            at::fp8_decode_block(isa, &bytes, 1.0, &mut out);
+            assert_eq!(numbers(&out), numbers(&reference::fp8_decode_block(&bytes, 1.0)), "{isa:?}");
             let mut out = vec![0.0; halves.len()];
-            at::bf16_decode(level, &halves, &mut out);
-            assert_eq!(bits(&out), bits(&reference::bf16_decode(&halves)), "{level:?}");
+            at::bf16_decode(isa, &halves, &mut out);
+            assert_eq!(bits(&out), bits(&reference::bf16_decode(&halves)), "{isa:?}");
         }
     }
 
     proptest! {
         #[test]
-        fn every_level_is_the_reference_bit_for_bit(values in values(), weight in -2.0f32..2.0) {
+        fn every_isa_is_the_reference_bit_for_bit(values in values(), weight in -2.0f32..2.0) {
             let halves = reference::bf16_encode(&values);
             let (scale, codes) = reference::fp8_encode_block(&values);
-            for level in Level::all() {
+            for isa in Isa::available() {
                 let mut out = vec![[0; 2]; values.len()];
-                at::bf16_encode(level, &values, &mut out);
-                prop_assert_eq!(&out, &halves, "{:?}", level);
+                at::bf16_encode(isa, &values, &mut out);
+                prop_assert_eq!(&out, &halves, "{:?}", isa);
                 let mut out = vec![0; values.len()];
-                let found = at::fp8_encode_block(level, &values, &mut out);
+                let found = at::fp8_encode_block(isa, &values, &mut out);
                 prop_assert_eq!(found.to_bits(), scale.to_bits());
-                prop_assert_eq!(&out, &codes, "{:?}", level);
+                prop_assert_eq!(&out, &codes, "{:?}", isa);
 
                 let mut sums = values.clone();
-                at::bf16_add_weighted(level, &mut sums, weight, &halves);
+                at::bf16_add_weighted(isa, &mut sums, weight, &halves);
                 let expected: Vec<f32> = values.iter().zip(reference::bf16_decode(&halves))
                     .map(|(sum, value)| sum + weight * value).collect();
                 prop_assert_eq!(numbers(&sums), numbers(&expected));
                 let wide: Vec<[u8; 4]> = values.iter().map(|value| value.to_le_bytes()).collect();
                 let mut sums = values.clone();
-                at::f32_add_weighted(level, &mut sums, weight, &wide);
+                at::f32_add_weighted(isa, &mut sums, weight, &wide);
                 let expected: Vec<f32> = values.iter().map(|value| value + weight * value).collect();
                 prop_assert_eq!(numbers(&sums), numbers(&expected));
                 let finite = values.iter().all(|value| value.is_finite());
-                prop_assert_eq!(at::f32_all_finite(level, &wide), finite);
-                prop_assert_eq!(at::all_finite(level, &values), finite);
+                prop_assert_eq!(at::f32_all_finite(isa, &wide), finite);
+                prop_assert_eq!(at::all_finite(isa, &values), finite);
                 let finite = reference::bf16_decode(&halves).iter().all(|value| value.is_finite());
-                prop_assert_eq!(at::bf16_all_finite(level, &halves), finite);
+                prop_assert_eq!(at::bf16_all_finite(isa, &halves), finite);
             }
         }
     }

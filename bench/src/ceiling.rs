@@ -150,6 +150,7 @@ fn state(addresses: &[String]) -> anyhow::Result<ClusterState> {
             speed: 0.0,
             state: WorkerState::Serving,
             resident: experts.map(|expert| (LayerIdx(LAYER), ExpertId(expert as u16))).collect(),
+            failing: Residency::new(),
             plan_version: PlanVersion::NONE,
             locality: Locality::default(),
         };

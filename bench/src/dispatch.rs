@@ -392,6 +392,7 @@ fn cluster(places: &Places, local: bool) -> anyhow::Result<ClusterState> {
         speed: 0.0,
         state: WorkerState::Serving,
         resident,
+        failing: Residency::new(),
         plan_version: PlanVersion::NONE,
         locality: Locality::default(),
     };

@@ -142,7 +142,7 @@ mod tests {
              --shared-prefix-len 1000 --temperature 1 --ignore-eos false --timeout 60 --warmup 1 --json",
             "conclave placement show --ready-file F --rows --json",
             "conclave placement show --store etcd=http://127.0.0.1:2379 --cluster c",
-            "conclave placement plan --ready-file F --replicas 2 --redundant-experts 4 --policy eplb --gain 0.1 --out P",
+            "conclave placement plan --ready-file F --replicas 2 --redundant-experts 4 --planner eplb --gain 0.1 --out P",
             "conclave placement lint P --replicas 2 --cluster c",
             "conclave placement apply P --author me --ready-file F",
             "conclave placement history --version 3",

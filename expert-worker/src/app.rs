@@ -123,6 +123,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
         speed: 0.0,
         state: WorkerState::Starting,
         resident: Residency::new(),
+        failing: Residency::new(),
         plan_version: PlanVersion::NONE,
         locality: config.locality(),
     };

@@ -92,6 +92,7 @@ impl Setting {
             speed: 0.0,
             state: WorkerState::Serving,
             resident: experts.iter().map(|expert| (LayerIdx(MOE_LAYER), ExpertId(*expert))).collect(),
+            failing: Residency::new(),
             plan_version: PlanVersion(plan),
             locality: Locality::default(),
         };
@@ -106,6 +107,8 @@ impl Setting {
             inference_address: "127.0.0.1:1".to_owned(),
             admin_address: "127.0.0.1:1".to_owned(),
             plan_version: PlanVersion(plan),
+            policy: None,
+            unreachable: BTreeMap::new(),
         };
         self.store.put(&self.keys.router(&router.id), router.encode(), None).await.unwrap();
     }

@@ -140,6 +140,7 @@ fn worker(number: usize) -> PlannerWorker {
         speed: 0.0,
         locality: Locality { host: format!("host-{}", number / 8), zone: format!("zone-{}", number % 3) },
         resident: Residency::new(),
+        failing: Residency::new(),
     }
 }
 

@@ -3,6 +3,8 @@
 //! In: bytes from the store, which anybody with access may have written. Out: the types of `state` and `plan`, or an
 //! error that names the message and the field. Never here: a panic, or memory out of proportion to the input.
 
+mod router;
+
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -14,8 +16,7 @@ use crate::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, Work
 use crate::load::Load;
 use crate::plan::{PastPlan, Plan};
 use crate::state::{
-    DrainOrder, ExpertSet, LeaderRecord, LocalSocket, Locality, ModelIdentity, Residency, RouterRecord, WorkerRecord,
-    WorkerState,
+    DrainOrder, ExpertSet, LeaderRecord, LocalSocket, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState,
 };
 
 /// The largest value that is decoded. The largest honest one, a plan for DeepSeek-V3 with three replicas, is a quarter.
@@ -132,9 +133,6 @@ impl WorkerRecord {
             WorkerState::Serving => pb::WorkerState::Serving,
             WorkerState::Draining => pb::WorkerState::Draining,
         };
-        let resident = self.resident.0.iter().filter(|(_, experts)| !experts.is_empty()).map(|(layer, experts)| {
-            pb::ResidentExperts { layer: layer.0, bitmap: Bytes::copy_from_slice(experts.bitmap()) }
-        });
         let message = pb::WorkerRecord {
             id: self.id.to_string(),
             incarnation: self.incarnation.get(),
@@ -143,7 +141,8 @@ impl WorkerRecord {
             memory_budget: self.memory_budget,
             speed: self.speed,
             state: state.into(),
-            resident: resident.collect(),
+            resident: to_message(&self.resident),
+            failing: to_message(&self.failing),
             plan_version: self.plan_version.0,
             host: self.locality.host.clone(),
             zone: self.locality.zone.clone(),
@@ -184,7 +183,8 @@ impl WorkerRecord {
             memory_budget: message.memory_budget,
             speed: message.speed,
             state,
-            resident: residency(message.resident)?,
+            resident: residency("WorkerRecord.resident", message.resident)?,
+            failing: residency("WorkerRecord.failing", message.failing)?,
             plan_version: PlanVersion(message.plan_version),
             locality: Locality {
                 host: text("WorkerRecord.host", message.host)?,
@@ -194,44 +194,27 @@ impl WorkerRecord {
     }
 }
 
-fn residency(resident: Vec<pb::ResidentExperts>) -> Result<Residency, DecodeError> {
-    at_most("WorkerRecord.resident", resident.len(), MAX_LAYERS)?;
+fn to_message(residency: &Residency) -> Vec<pb::ResidentExperts> {
+    let layers = residency.0.iter().filter(|(_, experts)| !experts.is_empty());
+    let layer = |(layer, experts): (&LayerIdx, &ExpertSet)| pb::ResidentExperts {
+        layer: layer.0,
+        bitmap: Bytes::copy_from_slice(experts.bitmap()),
+    };
+    layers.map(layer).collect()
+}
+
+fn residency(field: &'static str, resident: Vec<pb::ResidentExperts>) -> Result<Residency, DecodeError> {
+    at_most(field, resident.len(), MAX_LAYERS)?;
     let mut layers = BTreeMap::new();
     for entry in resident {
-        at_most("WorkerRecord.resident.bitmap", entry.bitmap.len(), MAX_EXPERTS / 8)?;
+        at_most(field, entry.bitmap.len(), MAX_EXPERTS / 8)?;
         let experts = ExpertSet::from_bitmap(entry.bitmap.to_vec());
         if layers.insert(LayerIdx(entry.layer), experts).is_some() {
-            return Err(wrong("WorkerRecord.resident", format!("names layer {} twice", entry.layer)));
+            return Err(wrong(field, format!("names layer {} twice", entry.layer)));
         }
     }
     layers.retain(|_, experts| !experts.is_empty());
     Ok(Residency(layers))
-}
-
-impl RouterRecord {
-    /// As a value of the store.
-    pub fn encode(&self) -> Bytes {
-        let message = pb::RouterRecord {
-            id: self.id.to_string(),
-            incarnation: self.incarnation.get(),
-            inference_address: self.inference_address.clone(),
-            admin_address: self.admin_address.clone(),
-            plan_version: self.plan_version.0,
-        };
-        message.encode_to_vec().into()
-    }
-
-    /// From a value of the store.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let message: pb::RouterRecord = parse("RouterRecord", bytes)?;
-        Ok(Self {
-            id: named("RouterRecord.id", RouterId::parse(&message.id))?,
-            incarnation: incarnation("RouterRecord.incarnation", message.incarnation)?,
-            inference_address: text("RouterRecord.inference_address", message.inference_address)?,
-            admin_address: text("RouterRecord.admin_address", message.admin_address)?,
-            plan_version: PlanVersion(message.plan_version),
-        })
-    }
 }
 
 impl LeaderRecord {

@@ -19,6 +19,7 @@ mod codec;
 // What should be.
 pub mod planner;
 pub mod lint;
+pub mod policy;
 
 // Where it is kept, and under which keys.
 pub mod store;

@@ -336,6 +336,7 @@ mod tests {
             speed: 0.0,
             locality: Locality { host: host.into(), zone: String::new() },
             resident: Residency::new(),
+            failing: Residency::new(),
         };
         let mut workers = [("a", 20, "x"), ("b", 0, "x"), ("c", 0, ""), ("d", 30, "")].map(worker);
         workers[3].resident = [1, 2, 3].map(|expert| (LayerIdx(2), ExpertId(expert))).into_iter().collect();
@@ -378,6 +379,7 @@ mod tests {
             memory_budget: 0,
             locality: Locality::default(),
             resident: Residency::new(),
+            failing: Residency::new(),
             ..worker
         });
         let notes = lint(&plan, &Problem { workers: &equal, ..problem }, None);

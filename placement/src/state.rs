@@ -9,6 +9,7 @@ use std::sync::Arc;
 use crate::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
 use crate::load::Load;
 use crate::plan::Plan;
+use crate::policy::Policy;
 
 /// Which model a cluster serves. Whoever holds another checkpoint refuses to join.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -238,6 +239,8 @@ pub struct WorkerRecord {
     pub state: WorkerState,
     /// The experts it can answer for now.
     pub resident: Residency,
+    /// Experts it was to hold and could not load, lately.
+    pub failing: Residency,
     /// The plan it last acted on.
     pub plan_version: PlanVersion,
     /// What it shares its fate with.
@@ -254,7 +257,7 @@ pub struct Locality {
 }
 
 /// What a router says about itself, under its lease.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct RouterRecord {
     /// Its name, the same as in its key.
     pub id: RouterId,
@@ -266,6 +269,10 @@ pub struct RouterRecord {
     pub admin_address: String,
     /// The plan it dispatches by.
     pub plan_version: PlanVersion,
+    /// What its controller plans by, when it leads.
+    pub policy: Option<Policy>,
+    /// The runs of workers that it has not been able to use for a while.
+    pub unreachable: BTreeMap<WorkerId, Incarnation>,
 }
 
 /// Who leads, under the leader's lease.
@@ -328,6 +335,19 @@ impl ClusterState {
     /// Whether a worker is on its way out: it said so, or an operator wants it to.
     pub fn is_leaving(&self, worker: &WorkerRecord) -> bool {
         worker.state == WorkerState::Draining || self.drains.get(&worker.id) == Some(&worker.incarnation)
+    }
+
+    /// Whether a worker is of no use though its lease lives: none of the routers can reach that run of it.
+    pub fn is_cut_off(&self, worker: &WorkerRecord) -> bool {
+        let mut routers = self.routers.values();
+        let cut_off = |router: &RouterRecord| router.unreachable.get(&worker.id) == Some(&worker.incarnation);
+        !self.routers.is_empty() && routers.all(cut_off)
+    }
+
+    /// The policy in force: the leader's, or where nobody leads that of the first router that tells one.
+    pub fn policy(&self) -> Option<Policy> {
+        let leads = self.leader.as_ref().and_then(|leader| self.routers.get(leader)?.policy);
+        leads.or_else(|| self.routers.values().find_map(|router| router.policy))
     }
 
     /// The workers, in any state, where that expert is resident, by name.

@@ -4,7 +4,7 @@
 //! End: not ready, what is in flight done, the record out of the store, the engine stopped.
 //! Never here: a decision about requests, batches or experts.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
 use conclave_model::{
     cache::{BLOCK_TOKENS, KvCache},
@@ -314,6 +314,7 @@ async fn serve(
         context_tokens,
         answers_max: config.max_sequences as usize,
     };
+    let policy = config.policy(model.config.n_group);
     let service = Service::new(ApiState { model, scheduler, limits, draining: shutdown.draining() });
     let (reflection, reflection_alpha) = server::reflection(&[SERVICE])?;
     let router = server::public()
@@ -329,13 +330,15 @@ async fn serve(
         inference_address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listen)),
         admin_address: listen::reachable(probes.address),
         plan_version: PlanVersion::NONE,
+        policy: Some(policy),
+        unreachable: BTreeMap::new(),
     };
     let registration =
         Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch()).await?;
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
     let times = (config.lease_ttl(), config.load_window());
     let reporter = Reporter::start(sent, (Arc::clone(&store), &keys), &id, times);
-    let controller = Controller { store, keys, author: id.clone(), policy: config.policy(), metrics: placement };
+    let controller = Controller { store, keys, author: id.clone(), policy, metrics: placement };
     let controlling = controller.run(view.subscribe(), election.is_leader(), end.clone());
     tokio::spawn(async move {
         controlling.await;

@@ -8,15 +8,14 @@ use conclave_model::{
     device::{Compute, Device, Dtype, Numerics},
     wire::Encoding,
 };
-use conclave_placement::ids::{Cluster, RouterId};
+use conclave_placement::{
+    ids::{Cluster, RouterId},
+    policy::{Planner, Policy, Rebalancing},
+};
 use conclave_runtime::{config, memory::Memory, telemetry::LogFormat};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    control::{Policy, Rebalancing},
-    moe::Mode,
-    scheduler::policy::Limits,
-};
+use crate::{moe::Mode, scheduler::policy::Limits};
 
 /// Serves a model: attention and the gate here, experts on the workers of the cluster.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -65,6 +64,9 @@ pub struct Config {
     /// Workers that should hold each expert
     #[arg(long, value_name = "R", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub replicas: u32,
+    /// Who decides where experts live
+    #[arg(long, value_enum, default_value = "balanced")]
+    pub planner: PlannerName,
     /// Workers that the first plan waits for
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub min_workers: usize,
@@ -172,6 +174,16 @@ pub enum Wire {
     Fp8,
 }
 
+/// The planners there are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PlannerName {
+    /// By load and capacity, as few moves as the gain is worth
+    Balanced,
+    /// DeepSeek's expert-parallel load balancer: by load alone, for equal workers and --replicas 1
+    Eplb,
+}
+
 impl Config {
     /// How this process computes.
     pub fn compute(&self) -> Compute {
@@ -187,9 +199,13 @@ impl Config {
         }
     }
 
-    /// What the controller plans by.
-    pub fn policy(&self) -> Policy {
+    /// What the controller plans by. `groups` is the gate's number of groups of experts.
+    pub fn policy(&self, groups: usize) -> Policy {
         Policy {
+            planner: match self.planner {
+                PlannerName::Balanced => Planner::Balanced,
+                PlannerName::Eplb => Planner::Eplb { groups },
+            },
             replicas: self.replicas,
             redundant: self.redundant_experts,
             min_workers: self.min_workers,

@@ -77,6 +77,8 @@ struct Layer {
 #[derive(Debug, Default)]
 pub struct PlacementMetrics {
     balancedness: Family<Layer, Gauge<f64, AtomicU64>>,
+    /// Copies that living workers are to hold and do not hold yet.
+    pub(crate) on_their_way: Gauge,
     /// Plans that this router published.
     pub(crate) published: Counter,
 }
@@ -92,11 +94,18 @@ impl PlacementMetrics {
             "Per layer, mean over maximum of the rows that workers have, by speed: on the router that leads, by its plan",
             all.balancedness.clone(),
         );
+        registry.register(
+            "copies_on_their_way",
+            "Copies of experts that living workers are to hold and do not hold yet: on the router that leads",
+            all.on_their_way.clone(),
+        );
         registry.register("plans", "Plans that this router published", all.published.clone());
         Arc::clone(&all)
     }
 
-    pub(crate) fn observe(&self, layers: impl Iterator<Item = (u32, f64)>) {
+    /// Per layer; what is not in it is not known any more.
+    pub(crate) fn balance(&self, layers: Vec<(u32, f64)>) {
+        self.balancedness.clear();
         for (layer, ratio) in layers {
             self.balancedness.get_or_create(&Layer { layer }).set(ratio);
         }
@@ -105,6 +114,7 @@ impl PlacementMetrics {
     /// This router leads no more, so another one tells.
     pub(crate) fn forget(&self) {
         self.balancedness.clear();
+        self.on_their_way.set(0);
     }
 }
 

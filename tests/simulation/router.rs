@@ -58,6 +58,8 @@ impl Run {
             inference_address: format!("{id}:1"),
             admin_address: format!("{id}:2"),
             plan_version: PlanVersion::NONE,
+            policy: None,
+            unreachable: BTreeMap::new(),
         };
         let (key, value, incarnation) = (keys.router(id), record.encode(), record.incarnation);
         let membership = Membership::join(Arc::clone(&store), key, scenario.ttl, value, end.clone()).await?;

@@ -8,7 +8,7 @@ use conclave_placement::{
     ids::{LayerIdx, WorkerId},
     state::{Locality, ModelIdentity},
 };
-use conclave_router::control::{Policy, Rebalancing};
+use conclave_placement::policy::{Planner, Policy, Rebalancing};
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 
 /// What one expert weighs, in bytes.
@@ -144,6 +144,7 @@ fn policy(chance: &mut SmallRng) -> Policy {
         false => Duration::ZERO,
     };
     Policy {
+        planner: Planner::Balanced,
         replicas: chance.random_range(1..=3),
         redundant: chance.random_bool(0.5).then(|| chance.random_range(0..=3)),
         min_workers: chance.random_range(1..=2),

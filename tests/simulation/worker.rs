@@ -115,6 +115,7 @@ fn record(worker: &Worker, budget: Budget) -> WorkerRecord {
         speed: 0.0,
         state: WorkerState::Starting,
         resident: Residency::new(),
+        failing: Residency::new(),
         plan_version: PlanVersion::NONE,
         locality: worker.locality.clone(),
     }

@@ -149,6 +149,7 @@ fn record(id: WorkerId, address: String, model: &ModelIdentity) -> WorkerRecord 
         speed: 0.0,
         state: WorkerState::Serving,
         resident,
+        failing: Residency::new(),
         plan_version: PlanVersion::NONE,
         locality: Locality::default(),
     }

@@ -3,11 +3,13 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use conclave_placement::lint::{self, Note, Severity};
-use conclave_placement::planner::{self, PlannerWorker, Problem, Rebalance};
-use conclave_placement::{ClusterState, ModelIdentity, Plan};
+use conclave_placement::planner;
+use conclave_placement::policy::{self, Planner, Policy, Rebalancing};
+use conclave_placement::{ClusterState, Plan};
 
 use super::file::PlanFile;
 use super::place::{Found, Where};
@@ -31,29 +33,36 @@ pub(crate) struct Args {
 /// What a plan should give; routers have flags of the same names.
 #[derive(Debug, Clone, Copy, clap::Args)]
 pub(super) struct Wanted {
-    /// Workers that should at least hold each expert; without it, as many as now hold the expert that fewest hold.
+    /// Workers that should at least hold each expert [default: what the leading router wants]
     #[arg(long, value_name = "R", value_parser = clap::value_parser!(u32).range(1..=1024))]
     replicas: Option<u32>,
-    /// Further copies per layer; without it, an eighth of a layer's experts.
+    /// Further copies per layer [default: what the leading router allows]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=65536))]
     redundant_experts: Option<u32>,
 }
 
 impl Wanted {
-    /// The problem that a plan for `state` should solve.
-    pub(super) fn problem<'a>(
-        &self,
-        (model, state): (&'a ModelIdentity, &'a ClusterState),
-        workers: &'a [PlannerWorker],
-        load: Option<&'a conclave_placement::Load>,
-        rebalance: Rebalance,
-    ) -> Problem<'a> {
-        let fewest = state.plan.as_deref().and_then(|plan| plan.iter().map(|(.., holders)| holders.len()).min());
-        let replicas = self.replicas.unwrap_or(fewest.unwrap_or(1).max(1) as u32);
-        let redundant = self.redundant_experts.unwrap_or_else(|| planner::redundant_by_default(model));
-        Problem { model, workers, replicas, redundant, load, rebalance }
+    /// What the leading router plans by, but for what was asked for.
+    pub(super) fn policy(&self, state: &ClusterState) -> anyhow::Result<Policy> {
+        let mut policy = match (state.policy(), self.replicas) {
+            (Some(policy), _) => policy,
+            (None, Some(replicas)) => Policy { replicas, ..UNTOLD },
+            (None, None) => bail!("no router tells how many replicas are wanted: say --replicas"),
+        };
+        policy.replicas = self.replicas.unwrap_or(policy.replicas);
+        policy.redundant = self.redundant_experts.or(policy.redundant);
+        Ok(policy)
     }
 }
+
+/// Where no router lives: what a router has that was told nothing.
+const UNTOLD: Policy = Policy {
+    planner: Planner::Balanced,
+    replicas: 1,
+    redundant: None,
+    min_workers: 1,
+    rebalance: Rebalancing { period: Duration::from_secs(60), below: 0.5, gain: 0.05 },
+};
 
 pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Found { state, .. } = args.place.find().await?;
@@ -73,8 +82,8 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
 pub(super) fn notes(plan: &Plan, state: &ClusterState, wanted: &Wanted) -> anyhow::Result<Vec<Note>> {
     let model = state.model.as_ref().context("the cluster has no model so far")?;
     let workers = planner::candidates(state);
-    let load = state.load();
-    let problem = wanted.problem((model, state), &workers, Some(&load), Rebalance::No);
+    let load = policy::known_load(state);
+    let problem = wanted.policy(state)?.problem(model, &workers, load.as_ref(), false);
     // What it follows matters only where it would follow what is in force.
     let previous = state.plan.as_deref().filter(|current| current.version == plan.parent);
     Ok(lint::lint(plan, &problem, previous))

@@ -8,7 +8,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use conclave_placement::load::balancedness;
 use conclave_placement::plan::Move;
-use conclave_placement::planner::{self, Problem, Rebalance, balanced, eplb};
+use conclave_placement::planner::{self, Problem};
+use conclave_placement::policy::{self, Linted, Planner, Policy};
 use conclave_placement::{ClusterState, Plan};
 
 use super::file::PlanFile;
@@ -21,24 +22,22 @@ use crate::terminal::{self, Output};
 #[command(after_help = "Examples:
   conclave placement plan
   conclave placement plan --replicas 2 --out plan.json
-  conclave placement plan --policy eplb --json")]
+  conclave placement plan --planner eplb --json")]
 pub(crate) struct Args {
     #[command(flatten)]
     place: Where,
     #[command(flatten)]
     wanted: Wanted,
-    /// Who plans.
-    #[arg(long, value_enum, default_value = "balanced")]
-    policy: Policy,
-    /// For eplb: how many groups of experts the gate chooses between, for nodes to be balanced first; 1 is its global policy.
-    #[arg(long, value_name = "G", default_value_t = 1)]
-    groups: usize,
-    /// What balancedness must gain for experts to move that need not; 1 moves none.
-    #[arg(long, value_name = "RATIO", default_value_t = 0.05)]
-    gain: f64,
-    /// Copies that may move at once.
-    #[arg(long, value_name = "N", default_value_t = 1_000_000)]
-    moves: usize,
+    /// Who plans [default: who plans for the leading router]
+    #[arg(long, value_enum)]
+    planner: Option<PlannerName>,
+    /// For eplb: how many groups of experts the gate chooses between, for nodes to be balanced first [default: as the
+    /// leading router says, or 1, its global policy]
+    #[arg(long, value_name = "G")]
+    groups: Option<usize>,
+    /// What balancedness must gain for experts to move that need not; 1 moves none [default: what the leading router asks]
+    #[arg(long, value_name = "RATIO", value_parser = ratio)]
+    gain: Option<f64>,
     /// Write the plan there, as `apply` reads it.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -48,25 +47,43 @@ pub(crate) struct Args {
 }
 
 #[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Policy {
+enum PlannerName {
     /// Conclave's own: load and capacity, as few moves as the gain is worth.
     Balanced,
     /// DeepSeek's expert-parallel load balancer: from the load alone, for equal workers.
     Eplb,
 }
 
+/// A number from 0 to 1.
+fn ratio(text: &str) -> Result<f64, String> {
+    let ratio: f64 = text.parse().map_err(|_| format!("{text} is no number"))?;
+    if (0.0..=1.0).contains(&ratio) { Ok(ratio) } else { Err(format!("{text} is not between 0 and 1")) }
+}
+
+impl Args {
+    /// The policy in force, but for what was asked for.
+    fn policy(&self, state: &ClusterState) -> anyhow::Result<Policy> {
+        let mut policy = self.wanted.policy(state)?;
+        let told = if let Planner::Eplb { groups } = policy.planner { Some(groups) } else { None };
+        match self.planner {
+            Some(PlannerName::Balanced) => policy.planner = Planner::Balanced,
+            Some(PlannerName::Eplb) => policy.planner = Planner::Eplb { groups: self.groups.or(told).unwrap_or(1) },
+            None => {}
+        }
+        policy.rebalance.gain = self.gain.unwrap_or(policy.rebalance.gain);
+        policy.min_workers = 1;
+        Ok(policy)
+    }
+}
+
 pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Found { state, .. } = args.place.find().await?;
     let model = state.model.as_ref().context("the cluster has no model so far")?;
-    let (workers, load) = (planner::candidates(&state), state.load());
-    let load = Some(&load).filter(|load| load.total() > 0);
-    let rebalance = Rebalance::IfGain { least: args.gain, moves: args.moves };
-    let problem = args.wanted.problem((model, &state), &workers, load, rebalance);
-    let plan = match args.policy {
-        Policy::Balanced => balanced::plan(&problem, state.plan.as_deref())?,
-        Policy::Eplb => eplb::policy::plan(&problem, args.groups, state.plan.as_deref())?,
-    };
-    let Some(plan) = plan else {
+    let (policy, load, workers) = (args.policy(&state)?, policy::known_load(&state), planner::candidates(&state));
+    // What the leading router would do at its next look.
+    let linted = policy.due(&state, load.as_ref(), true)?;
+    let problem = policy.problem(model, &workers, load.as_ref(), true);
+    let Some(Linted { plan, notes }) = linted else {
         terminal::warn("the plan in force is as good as any");
         return Ok(ExitCode::SUCCESS);
     };
@@ -80,7 +97,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     } else {
         output.text(&summary(&plan, &state, &problem))?;
     }
-    lint::print(&lint::notes(&plan, &state, &args.wanted)?);
+    lint::print(&notes);
     Ok(ExitCode::SUCCESS)
 }
 
@@ -113,7 +130,7 @@ mod tests {
         let workers = planner::candidates(&now);
         let model = now.model.as_ref().unwrap();
         let problem =
-            Problem { model, workers: &workers, replicas: 1, redundant: 0, load: None, rebalance: Rebalance::No };
+            Problem { model, workers: &workers, replicas: 1, redundant: 0, load: None, rebalance: planner::Rebalance::No };
         let expected = "\
 plan 1 (test: test)
 

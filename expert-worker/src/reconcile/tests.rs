@@ -30,6 +30,7 @@ fn worker(name: &str, plan: u64, resident: &[u16]) -> WorkerRecord {
         speed: 0.0,
         state: WorkerState::Serving,
         resident: residency(resident),
+        failing: Residency::new(),
         plan_version: PlanVersion(plan),
         locality: Locality::default(),
     }
@@ -57,6 +58,8 @@ fn cluster(workers: Vec<WorkerRecord>, plan: Plan, routed: u64) -> ClusterState 
         inference_address: "127.0.0.1:7400".into(),
         admin_address: "127.0.0.1:7600".into(),
         plan_version: PlanVersion(routed),
+        policy: None,
+        unreachable: BTreeMap::new(),
     };
     state.routers.insert(router.id.clone(), router);
     state.plan = Some(Arc::new(plan));

@@ -18,12 +18,13 @@ fn any_residency() -> impl Strategy<Value = Residency> {
 
 prop_compose! {
     fn any_worker()(id in worker_id(), incarnation in 1u64.., address in "[a-z0-9.:]{1,40}", device in "cpu|cuda:[0-7]",
-                    memory_budget in any::<u64>(), speed in 0.0f64..1e12, state in 0..3, resident in any_residency(), host in "[a-z0-9-]{0,9}",
+                    memory_budget in any::<u64>(), speed in 0.0f64..1e12, state in 0..3, resident in any_residency(),
+                    failing in any_residency(), host in "[a-z0-9-]{0,9}",
                     local in prop::option::of(("[a-f0-9-]{36}", "[a-z0-9/]{1,60}").prop_map(|(boot_id, name)| LocalSocket { boot_id, name })),
                     plan in any::<u64>()) -> WorkerRecord {
         let state = [WorkerState::Starting, WorkerState::Serving, WorkerState::Draining][state as usize];
         WorkerRecord { id, incarnation: Incarnation::new(incarnation).unwrap(), address, local, device, memory_budget, speed,
-                       state, resident, plan_version: PlanVersion(plan), locality: Locality { host, zone: "z".into() } }
+                       state, resident, failing, plan_version: PlanVersion(plan), locality: Locality { host, zone: "z".into() } }
     }
 }
 
@@ -83,6 +84,8 @@ fn identity_router_and_leader_survive_the_way() {
         inference_address: "127.0.0.1:7400".into(),
         admin_address: "127.0.0.1:7600".into(),
         plan_version: PlanVersion(4),
+        policy: None,
+        unreachable: BTreeMap::new(),
     };
     assert_eq!(RouterRecord::decode(&router.encode()).unwrap(), router);
     let leader = LeaderRecord { router: id, incarnation: router.incarnation };

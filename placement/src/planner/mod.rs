@@ -59,6 +59,8 @@ pub struct PlannerWorker {
     pub locality: Locality,
     /// What it holds now, and so takes memory until it is given up.
     pub resident: Residency,
+    /// What it could not load lately, and is not given.
+    pub failing: Residency,
 }
 
 /// Speeds that differ by less than this factor are no reason to treat workers differently.
@@ -179,6 +181,7 @@ impl From<&WorkerRecord> for PlannerWorker {
             speed: record.speed,
             locality: record.locality.clone(),
             resident: record.resident.clone(),
+            failing: record.failing.clone(),
         }
     }
 }
@@ -188,9 +191,10 @@ pub fn redundant_by_default(model: &ModelIdentity) -> u32 {
     model.experts / 8
 }
 
-/// The workers of a cluster that a plan may use: all but those that are leaving, by name.
+/// The workers of a cluster that a plan may use: all but those that are leaving or that no router can reach, by name.
 pub fn candidates(state: &ClusterState) -> Vec<PlannerWorker> {
-    state.workers.values().filter(|worker| !state.is_leaving(worker)).map(PlannerWorker::from).collect()
+    let of_use = |worker: &&WorkerRecord| !state.is_leaving(worker) && !state.is_cut_off(worker);
+    state.workers.values().filter(of_use).map(PlannerWorker::from).collect()
 }
 
 /// Each worker's speed as [`relative`] to the others'.

@@ -24,6 +24,7 @@ fn worker(name: &str, plan: u64) -> WorkerRecord {
         speed: 0.0,
         state: WorkerState::Serving,
         resident: Residency::new(),
+        failing: Residency::new(),
         plan_version: PlanVersion(plan),
         locality: Locality::default(),
     }
@@ -36,6 +37,8 @@ fn router(name: &str) -> RouterRecord {
         inference_address: "127.0.0.1:7400".into(),
         admin_address: "127.0.0.1:7600".into(),
         plan_version: PlanVersion::NONE,
+        policy: None,
+        unreachable: BTreeMap::new(),
     }
 }
 

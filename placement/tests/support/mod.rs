@@ -61,6 +61,7 @@ pub(crate) fn worker(name: &str, plan: u64) -> WorkerRecord {
         speed: 0.0,
         state: WorkerState::Serving,
         resident: Residency::new(),
+        failing: Residency::new(),
         plan_version: PlanVersion(plan),
         locality: Locality::default(),
     }

@@ -3,10 +3,9 @@
 //! In: the cluster's state, and whether this router leads. Out: plans in the store, by compare-and-swap on their parent.
 //! Never here: the data path; a second opinion. A leader that lost its place loses the swap and does no harm.
 //!
-//! What is missing is placed at once. What could only be better placed is looked at from time to time, when a worker has
-//! joined, or when the load is uneven, and never while the last plan is still being carried out.
-
-mod policy;
+//! What is missing is placed at once, unless most workers are missing: then they are given a moment to come back. What could
+//! only be better placed is looked at from time to time, when a worker has joined, or when the load is uneven, and never
+//! while the last plan is still being carried out. Which plan it should be is `placement::policy`'s to say.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,21 +13,20 @@ use conclave_placement::{
     election::Term,
     ids::RouterId,
     keys::Keys,
-    load::layer_balancedness,
+    lint::Severity,
+    load::{Load, layer_balancedness},
     plan::Plan,
     planner,
+    policy::{self, Policy, Urge},
     publication::{self, publish},
     state::ClusterState,
     store::Store,
 };
 use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
-
-pub use policy::{Policy, Rebalancing};
+use tracing::{error, info, warn};
 
 pub use crate::metrics::PlacementMetrics;
-use policy::Urge;
 
 /// After a failed write, before the next.
 const RETRY: Duration = Duration::from_millis(500);
@@ -36,6 +34,10 @@ const RETRY: Duration = Duration::from_millis(500);
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// Where the load is uneven, experts may move so many times sooner than after a whole period.
 const SOONER: u32 = 6;
+/// Where most workers went at once, they may come back for so long before their experts are placed elsewhere.
+const COME_BACK: Duration = Duration::from_secs(5);
+/// What the linter says of one plan, in the log.
+const NOTES_LOGGED: usize = 5;
 
 /// The controller of one router.
 #[derive(Debug)]
@@ -52,13 +54,23 @@ pub struct Controller {
     pub metrics: Arc<PlacementMetrics>,
 }
 
-/// When a better plan was looked for.
-struct Looks {
-    last: Instant,
+/// What the controller remembers between two looks.
+#[derive(Default)]
+struct Memory {
+    /// When a better plan was looked for.
+    last: Option<Instant>,
     /// The last one was found, and may be one of several.
     found: bool,
     /// How many workers there were then.
     workers: usize,
+    /// The balancedness that was the best there was.
+    reached: Option<f64>,
+    /// The last load of which enough was known: a lull is no reason to forget it.
+    load: Option<Load>,
+    /// Until when workers that went all at once may come back.
+    come_back: Option<Instant>,
+    /// Why there is no plan, as it was said last: said once.
+    trouble: Option<String>,
 }
 
 impl Controller {
@@ -69,15 +81,16 @@ impl Controller {
         mut leads: watch::Receiver<Option<Term>>,
         stop: CancellationToken,
     ) {
-        let mut looks = Looks { last: Instant::now(), found: false, workers: 0 };
+        let mut memory = Memory::default();
         loop {
             let state = cluster.borrow_and_update().clone();
             let leading = leads.borrow_and_update().is_some();
             let wake = match leading {
-                true => self.reconcile(&state, &mut looks).await,
+                true => self.reconcile(&state, &mut memory).await,
                 false => None,
             };
             if !leading {
+                memory = Memory::default();
                 self.metrics.forget();
             }
             tokio::select! {
@@ -91,54 +104,81 @@ impl Controller {
     }
 
     /// Publishes the next plan if one is due. Says when to look again though nothing has changed.
-    async fn reconcile(&self, state: &Arc<ClusterState>, looks: &mut Looks) -> Option<Instant> {
-        if let (Some(plan), Some(load)) = (&state.plan, policy::known_load(state)) {
-            let balance = layer_balancedness(plan, &load, &planner::candidates(state));
-            self.metrics.observe(balance.into_iter().map(|(layer, ratio)| (layer.0, ratio)));
+    async fn reconcile(&self, state: &Arc<ClusterState>, memory: &mut Memory) -> Option<Instant> {
+        self.observe(state, memory);
+        if let Some(until) = memory.waits_for_workers(state) {
+            return Some(until);
         }
-        if let Some(plan) = self.next(state, false).await {
+        if let Some(plan) = self.next(state, memory, false).await {
             return self.put(&plan).await;
         }
         let period = self.policy.rebalance.period;
         if period.is_zero() {
             return None;
         }
-        let workers = state.workers.len();
-        let wait = match self.policy.urge(state) {
-            Urge::Unsettled => return None,
-            _ if looks.found => LOOK_EVERY,
-            // Of no use the last time; another one may be.
-            Urge::Newcomer if looks.workers == workers => period,
-            Urge::Newcomer => LOOK_EVERY,
-            Urge::Uneven => period / SOONER,
-            Urge::None => period,
-        };
-        let due = looks.last + wait;
+        let last = *memory.last.get_or_insert_with(Instant::now);
+        let urge = self.policy.urge(state, memory.load.as_ref());
+        let due = last + memory.pause(urge, self.policy.rebalance.gain, period, state.workers.len())?;
         if due > Instant::now() {
             return Some(due);
         }
-        let better = self.next(state, true).await;
-        *looks = Looks { last: Instant::now(), found: better.is_some(), workers };
+        let better = self.next(state, memory, true).await;
+        memory.last = Some(Instant::now());
+        memory.found = better.is_some();
+        memory.workers = state.workers.len();
+        memory.reached = if let Urge::Uneven(balance) = urge { Some(balance) } else { None };
         match better {
             Some(plan) => self.put(&plan).await,
-            None => Some(looks.last + period),
+            None => Some(Instant::now() + period),
         }
     }
 
-    /// The plan that is due, made where it may take its time.
-    async fn next(&self, state: &Arc<ClusterState>, may_move: bool) -> Option<Plan> {
-        let (policy, state) = (self.policy, Arc::clone(state));
-        match tokio::task::spawn_blocking(move || policy.due(&state, may_move)).await {
-            Ok(Ok(plan)) => plan,
-            Ok(Err(error)) => {
-                debug!(%error, "no plan");
-                None
-            }
-            Err(error) => {
-                error!(%error, "the planner panicked");
-                None
-            }
+    /// Remembers the load, and tells how the plan stands to it.
+    fn observe(&self, state: &ClusterState, memory: &mut Memory) {
+        let known = policy::known_load(state);
+        let balance = state.plan.as_ref().zip(known.as_ref()).map(|(plan, load)| {
+            let balance = layer_balancedness(plan, load, &planner::candidates(state));
+            balance.into_iter().map(|(layer, ratio)| (layer.0, ratio)).collect()
+        });
+        self.metrics.balance(balance.unwrap_or_default());
+        if known.is_some() {
+            memory.load = known;
         }
+        let on_their_way = match self.policy.urge(state, None) {
+            Urge::Unsettled(copies) => copies,
+            _ => 0,
+        };
+        self.metrics.on_their_way.set(i64::try_from(on_their_way).unwrap_or(i64::MAX));
+    }
+
+    /// The plan that is due, made where it may take its time.
+    async fn next(&self, state: &Arc<ClusterState>, memory: &mut Memory, may_move: bool) -> Option<Plan> {
+        let (policy, state, load) = (self.policy, Arc::clone(state), memory.load.clone());
+        let made = tokio::task::spawn_blocking(move || policy.due(&state, load.as_ref(), may_move)).await;
+        let trouble = match made {
+            Ok(Ok(Some(linted))) => {
+                log(&linted);
+                if linted.is_sound() {
+                    memory.trouble = None;
+                    return Some(linted.plan);
+                }
+                "the plan that was made is not sound".to_owned()
+            }
+            Ok(Ok(None)) => {
+                memory.trouble = None;
+                return None;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => {
+                error!(%panic, "the planner panicked");
+                return None;
+            }
+        };
+        if memory.trouble.as_ref() != Some(&trouble) {
+            warn!(trouble, "no plan can be made");
+            memory.trouble = Some(trouble);
+        }
+        None
     }
 
     /// Writes a plan; says when to try again where the store would not have it.
@@ -155,5 +195,46 @@ impl Controller {
             }
         }
         None
+    }
+}
+
+impl Memory {
+    /// Until when nothing is planned, because most workers went at once and may come back.
+    fn waits_for_workers(&mut self, state: &ClusterState) -> Option<Instant> {
+        if !policy::is_decimated(state) {
+            self.come_back = None;
+            return None;
+        }
+        let until = *self.come_back.get_or_insert_with(|| {
+            warn!(workers = state.workers.len(), "most workers are gone: they may come back before experts are moved");
+            Instant::now() + COME_BACK
+        });
+        (until > Instant::now()).then_some(until)
+    }
+
+    /// How long after the last look the next one is due; `None` while it is not.
+    fn pause(&self, urge: Urge, gain: f64, period: Duration, workers: usize) -> Option<Duration> {
+        let fell = |balance: f64| self.reached.is_none_or(|reached| balance < reached - gain);
+        Some(match urge {
+            Urge::Unsettled(_) => return None,
+            _ if self.found => LOOK_EVERY,
+            Urge::Newcomer if self.workers != workers => LOOK_EVERY,
+            // Where nothing better was found, it must be worse than it was then.
+            Urge::Uneven(balance) if fell(balance) => period / SOONER,
+            // Of no use the last time; another one may be.
+            Urge::Newcomer | Urge::Uneven(_) | Urge::None => period,
+        })
+    }
+}
+
+/// The worst that the linter says of a plan.
+fn log(linted: &policy::Linted) {
+    let version = linted.plan.version.0;
+    let grave = linted.notes.iter().filter(|note| note.severity >= Severity::Warning);
+    for note in grave.clone().take(NOTES_LOGGED) {
+        warn!(version, %note, "plan");
+    }
+    if let Some(more) = grave.count().checked_sub(NOTES_LOGGED).filter(|more| *more > 0) {
+        warn!(version, more, "plan: see `conclave placement lint`");
     }
 }

@@ -114,6 +114,7 @@ async fn a_worker_of_this_host_is_reached_by_its_socket_and_by_its_address_where
             speed: 0.0,
             state: WorkerState::Serving,
             resident: Residency::new(),
+            failing: Residency::new(),
             plan_version: PlanVersion::NONE,
             locality: Locality::default(),
         };

@@ -54,6 +54,7 @@ pub(crate) fn state(workers: usize, holders: &[&[usize]]) -> ClusterState {
             speed: 0.0,
             state: if resident.is_empty() { WorkerState::Starting } else { WorkerState::Serving },
             resident,
+            failing: Residency::new(),
             plan_version: PlanVersion(1),
             locality: Locality::default(),
         };
@@ -67,6 +68,8 @@ pub(crate) fn state(workers: usize, holders: &[&[usize]]) -> ClusterState {
         inference_address: "0.0.0.0:7400".to_owned(),
         admin_address: "127.0.0.1:7600".to_owned(),
         plan_version: PlanVersion(1),
+        policy: None,
+        unreachable: BTreeMap::new(),
     };
     state.routers.insert(id, record);
     state

@@ -4,7 +4,7 @@
 //! how many rows each worker carries. Never here: a choice. A *slot* is one expert of one layer, `layer * experts + expert`;
 //! layers, experts and workers are indices into the problem's lists.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::ids::{ExpertId, LayerIdx, WorkerId};
 use crate::plan::Plan;
@@ -53,6 +53,8 @@ pub(super) struct Draft<'a> {
     occupied: Vec<usize>,
     /// Per worker, a bit for each slot that is resident.
     resident: Vec<Vec<u64>>,
+    /// Slots that a worker could not load; few or none.
+    failing: HashSet<(usize, usize)>,
 }
 
 impl<'a> Draft<'a> {
@@ -79,6 +81,7 @@ impl<'a> Draft<'a> {
             room: problem.workers.iter().map(|worker| problem.room(worker)).collect(),
             occupied: problem.workers.iter().map(|worker| worker.resident.len()).collect(),
             resident: Vec::new(),
+            failing: HashSet::new(),
         };
         if let Some(load) = problem.load {
             for slot in 0..slots {
@@ -88,6 +91,11 @@ impl<'a> Draft<'a> {
             draft.loaded = draft.rows.iter().any(|rows| *rows > 0.0);
         }
         draft.resident = problem.workers.iter().map(|worker| draft.bits(&worker.resident)).collect();
+        for (number, worker) in problem.workers.iter().enumerate().filter(|(_, worker)| !worker.failing.is_empty()) {
+            let bits = draft.bits(&worker.failing);
+            let set = (0..slots).filter(|slot| bits[slot / 64] >> (slot % 64) & 1 == 1);
+            draft.failing.extend(set.map(|slot| (slot, number)));
+        }
         draft
     }
 
@@ -153,7 +161,17 @@ impl<'a> Draft<'a> {
     /// Whether the worker can take that copy beside all it holds now and is to get.
     pub(super) fn fits(&self, slot: usize, worker: usize) -> bool {
         let beside = self.occupied[worker] < self.room[worker] || self.is_resident(slot, worker);
-        self.has_room(worker) && beside
+        self.has_room(worker) && beside && !self.fails(slot, worker)
+    }
+
+    /// Whether the worker does not have that copy and could, if there were room.
+    pub(super) fn lacks(&self, slot: usize, worker: usize) -> bool {
+        !self.holds(slot, worker) && !self.fails(slot, worker)
+    }
+
+    /// Whether the worker could not load that expert lately. What it holds it holds, whatever went wrong at another time.
+    pub(super) fn fails(&self, slot: usize, worker: usize) -> bool {
+        !self.failing.is_empty() && self.failing.contains(&(slot, worker)) && !self.is_resident(slot, worker)
     }
 
     pub(super) fn holds(&self, slot: usize, worker: usize) -> bool {

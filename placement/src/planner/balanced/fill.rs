@@ -5,7 +5,8 @@
 //! In passes. *Keep*: what live workers have stays theirs. *Trim*: spares beyond the bound go, those first that carry least.
 //! *Fill*: an expert that lacks holders takes, all at once, the best workers; taking them all at once is what keeps counts
 //! within one of each other. *Rescue*: when memory ran out, the spare copy of another expert makes way. Where that copy is
-//! still in memory its place is only promised: the next plan gives it, when the worker has let go.
+//! still in memory its place is only promised: the next plan gives it, when the worker has let go. *Hope*: an expert that
+//! only those could have that failed to load it stays with one of them.
 
 use std::cmp::{Ordering, Reverse};
 
@@ -24,6 +25,7 @@ pub(super) fn complete(draft: &mut Draft<'_>, fates: &Fates, before: &[Vec<usize
     rescue(draft, 1);
     fill(draft, fates, draft.wanted);
     rescue(draft, draft.wanted);
+    hope(draft, before);
     draft.short = draft.holders.iter().any(|holders| holders.len() < draft.wanted);
 }
 
@@ -36,7 +38,7 @@ fn keep(draft: &mut Draft<'_>, before: &[Vec<usize>]) {
         for worker in before[slot].iter().copied() {
             let stuck = !draft.fits(slot, worker) && !draft.is_resident(slot, worker);
             let elsewhere = || (0..draft.workers).any(|other| other != worker && draft.is_resident(slot, other));
-            if draft.has_room(worker) && !(stuck && elsewhere()) {
+            if draft.has_room(worker) && !draft.fails(slot, worker) && !(stuck && elsewhere()) {
                 draft.give(slot, worker);
             }
         }
@@ -152,7 +154,7 @@ fn rescue(draft: &mut Draft<'_>, enough: usize) {
     for slot in slots.filter(|slot| draft.holders[*slot].len() < enough).collect::<Vec<_>>() {
         for _ in draft.holders[slot].len()..enough {
             if let Some(worker) =
-                (0..draft.workers).find(|worker| draft.has_room(*worker) && !draft.holds(slot, *worker))
+                (0..draft.workers).find(|worker| draft.has_room(*worker) && draft.lacks(slot, *worker))
             {
                 draft.promise(worker);
                 continue;
@@ -171,8 +173,21 @@ fn rescue(draft: &mut Draft<'_>, enough: usize) {
     }
 }
 
+/// An expert that is nobody's is left to who could not load it, who may the next time: to the one that had it to do before.
+fn hope(draft: &mut Draft<'_>, before: &[Vec<usize>]) {
+    for slot in 0..draft.holders.len() {
+        let able = |worker: &usize| draft.fails(slot, *worker) && draft.has_room(*worker);
+        let first = || before[slot].iter().copied().find(able).or_else(|| (0..draft.workers).find(able));
+        if draft.holders[slot].is_empty()
+            && let Some(worker) = first()
+        {
+            draft.give(slot, worker);
+        }
+    }
+}
+
 /// Whose copy of `donor` makes way for one of `slot`: a copy that is not in memory yet makes way at once.
 fn donated(draft: &Draft<'_>, donor: usize, slot: usize) -> Option<usize> {
-    let able = draft.holders[donor].iter().rev().copied().filter(|worker| !draft.holds(slot, *worker));
+    let able = draft.holders[donor].iter().rev().copied().filter(|worker| draft.lacks(slot, *worker));
     able.min_by_key(|worker| draft.is_resident(donor, *worker))
 }

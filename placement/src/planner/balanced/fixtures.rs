@@ -27,6 +27,7 @@ pub(crate) fn worker(number: usize, memory_budget: u64) -> PlannerWorker {
         speed: 0.0,
         locality: Locality::default(),
         resident: Residency::new(),
+        failing: Residency::new(),
     }
 }
 

@@ -4,11 +4,13 @@
 //! is to serve another model is another cluster.
 
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use crate::codec::DecodeError;
 use crate::keys::Keys;
-use crate::state::ModelIdentity;
+use crate::state::{ClusterState, ModelIdentity};
 use crate::store::{self, CasOutcome, Expected, Store};
+use tokio::sync::watch;
 
 /// Between two attempts to reach a store that is away.
 const AGREE_AGAIN: std::time::Duration = std::time::Duration::from_secs(1);
@@ -59,6 +61,25 @@ pub async fn agree(store: &dyn Store, keys: &Keys, model: &ModelIdentity) -> Res
             }
             agreed => return agreed,
         }
+    }
+}
+
+/// Writes the identity again whenever the store has lost it, as long as `cluster` is told of: a store that was wiped would
+/// otherwise stay without a model, and so without a plan, until some process starts anew.
+pub async fn keep(
+    store: Arc<dyn Store>,
+    keys: Keys,
+    model: ModelIdentity,
+    mut cluster: watch::Receiver<Arc<ClusterState>>,
+) {
+    while cluster.wait_for(|state| state.model.is_none()).await.is_ok() {
+        tracing::warn!("the store has lost the cluster's model, it is written again");
+        if let Err(error) = agree(&*store, &keys, &model).await {
+            // Somebody with another model was faster. This process serves what its peers serve, and joins nothing new.
+            tracing::error!(%error, "the cluster's model is another one now");
+        }
+        // Until the view has seen it, or lost it once more.
+        tokio::time::sleep(AGREE_AGAIN).await;
     }
 }
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use crate::ids::WorkerId;
+use crate::ids::{PlanVersion, WorkerId};
 use crate::lint::{Note, Rule, Severity, lint};
 use crate::load::{Load, balancedness};
 use crate::plan::Plan;
@@ -116,7 +116,12 @@ impl Policy {
             Planner::Balanced => balanced::plan(&problem, previous)?,
             Planner::Eplb { groups } => self.eplb(&problem, groups, state)?,
         };
-        Ok(plan.map(|plan| Linted { notes: lint(&plan, &problem, previous), plan }))
+        Ok(plan.map(|mut plan| {
+            if previous.is_none() {
+                plan.version = plan.version.max(PlanVersion(last_known(state).0.saturating_add(1)));
+            }
+            Linted { notes: lint(&plan, &problem, previous), plan }
+        }))
     }
 
     /// EPLB places everything anew each time: only where something must be, or where it is worth that.
@@ -171,6 +176,13 @@ pub fn known_load(state: &ClusterState) -> Option<Load> {
     let experts = u64::from(model.experts) * model.moe_layers.len() as u64;
     let load = state.load();
     (load.total() >= ENOUGH_ROWS * experts.max(1)).then_some(load)
+}
+
+/// The newest plan that anybody has acted on. Where the store has lost the plan, the next one must be newer: a version that
+/// comes again would be taken for done by all who did the first of that number.
+fn last_known(state: &ClusterState) -> PlanVersion {
+    let workers = state.workers.values().map(|worker| worker.plan_version);
+    workers.chain(state.routers.values().map(|router| router.plan_version)).max().unwrap_or(PlanVersion::NONE)
 }
 
 /// Copies that living workers are to hold and do not hold yet. One that its worker could not load is not coming.

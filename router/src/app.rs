@@ -161,10 +161,12 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     }
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
-    model_key::agree(&*store, &keys, &identity(&checkpoint, &model)).await?;
+    let identity = identity(&checkpoint, &model);
+    model_key::agree(&*store, &keys, &identity).await?;
 
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
+    tokio::spawn(model_key::keep(Arc::clone(&store), keys.clone(), identity, view.subscribe()));
     let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone())?;
     metrics::register(&probes.registry, workers.clone());
     let stall = Arc::new(Stall::default());
@@ -334,7 +336,7 @@ async fn serve(
         unreachable: BTreeMap::new(),
     };
     let registration =
-        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, workers.watch()).await?;
+        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, &workers).await?;
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
     let times = (config.lease_ttl(), config.load_window());
     let reporter = Reporter::start(sent, (Arc::clone(&store), &keys), &id, times);

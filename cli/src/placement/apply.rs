@@ -4,7 +4,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use conclave_placement::PlanVersion;
 use conclave_placement::publication::publish;
 
 use super::file::PlanFile;
@@ -32,19 +33,17 @@ pub(crate) struct Args {
 pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Found { store, keys, state, .. } = args.place.find().await?;
     let mut plan = PlanFile::read(&args.file)?;
-    if let Some(current) = &state.plan {
-        ensure!(
-            plan.parent == current.version || plan.version <= current.version,
-            "{} follows plan {}, and plan {} is in force",
-            args.file.display(),
-            plan.parent,
-            current.version
-        );
-        // A past plan may come back: as a new one.
-        if plan.version <= current.version {
-            (plan.parent, plan.version) = (current.version, conclave_placement::PlanVersion(current.version.0 + 1));
-        }
-    }
+    let current = state.plan.as_ref().map_or(PlanVersion::NONE, |current| current.version);
+    ensure!(
+        plan.parent == current || plan.version <= current || current == PlanVersion::NONE,
+        "{} follows plan {}, and plan {current} is in force",
+        args.file.display(),
+        plan.parent,
+    );
+    // A past plan may come back: as a new one. Where the store has lost the plan, the next is no older than what came back.
+    let next = if current == PlanVersion::NONE { plan.version.0.checked_sub(1) } else { Some(current.0) };
+    let next = next.and_then(|version| version.checked_add(1)).context("its version is not one that can follow")?;
+    (plan.parent, plan.version) = (current, PlanVersion(next));
     let notes = lint::notes(&plan, &state, &args.wanted)?;
     lint::print(&notes);
     ensure!(!lint::is_mistaken(&notes), "{} has mistakes and was not applied", args.file.display());

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure};
 use conclave_placement::state::DrainOrder;
 use conclave_placement::view::View;
-use conclave_placement::{ClusterState, Incarnation, WorkerId};
+use conclave_placement::{ClusterState, Incarnation, WorkerId, planner};
 use tokio_util::sync::CancellationToken;
 
 use super::place::{Found, Where};
@@ -18,7 +18,8 @@ use crate::terminal;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   conclave placement drain worker-3
-  conclave placement drain worker-3 --no-wait")]
+  conclave placement drain worker-3 --no-wait
+  conclave placement drain worker-3 --cancel")]
 pub(crate) struct Args {
     /// The worker's name.
     #[arg(value_name = "WORKER")]
@@ -31,11 +32,18 @@ pub(crate) struct Args {
     /// Give the order and do not wait.
     #[arg(long)]
     no_wait: bool,
+    /// Take back an order that the worker has not seen, as one for a worker that has ended.
+    #[arg(long, conflicts_with_all = ["no_wait", "timeout"])]
+    cancel: bool,
 }
 
 pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let Found { store, keys, state, .. } = args.place.find().await?;
     let worker = args.worker;
+    if args.cancel {
+        ensure!(store.delete(&keys.drain(&worker)).await?, "there is no order for {worker}");
+        return Ok(ExitCode::SUCCESS);
+    }
     let Some(record) = state.workers.get(&worker) else {
         let names: Vec<&str> = state.workers.keys().map(WorkerId::as_str).collect();
         bail!("there is no worker {worker}; there are: {}", names.join(", "));
@@ -43,6 +51,8 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let incarnation = record.incarnation;
     let others = state.workers.values().filter(|other| other.id != worker && !state.is_leaving(other)).count();
     ensure!(others > 0, "{worker} is the only worker that stays: its experts would have nowhere to go");
+    let homeless = homeless(&state, &worker);
+    ensure!(homeless == 0, "without {worker} there would be no room for {homeless} of the experts: add a worker, or memory");
     store.put(&keys.drain(&worker), DrainOrder { incarnation }.encode(), None).await?;
     if args.no_wait {
         return Ok(ExitCode::SUCCESS);
@@ -74,6 +84,20 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Experts that would be nobody's without that worker, for want of memory elsewhere.
+fn homeless(state: &ClusterState, worker: &WorkerId) -> usize {
+    let Some(model) = &state.model else { return 0 };
+    // A worker can hold each expert once, and what it holds now it can let go of: one of each is all that must have room.
+    let workers = planner::candidates(state).into_iter().filter(|other| other.id != *worker);
+    let room = |other: planner::PlannerWorker| match other.memory_budget / model.expert_bytes.max(1) {
+        _ if other.memory_budget == 0 => usize::MAX,
+        experts => usize::try_from(experts).unwrap_or(usize::MAX),
+    };
+    let rooms = workers.map(room).fold(0, usize::saturating_add);
+    let experts = model.moe_layers.len() * model.experts as usize;
+    experts.saturating_sub(rooms)
+}
+
 /// What is still to be done before that run of the worker is gone; `None` when it is.
 fn left(state: &Arc<ClusterState>, worker: &WorkerId, incarnation: Incarnation) -> Option<String> {
     let record = state.workers.get(worker).filter(|record| record.incarnation == incarnation)?;
@@ -92,6 +116,15 @@ fn left(state: &Arc<ClusterState>, worker: &WorkerId, incarnation: Incarnation) 
 mod tests {
     use super::*;
     use crate::up::ready::tests::state;
+
+    #[test]
+    fn a_worker_stays_where_its_experts_would_have_no_room() {
+        let mut state = state(2, &[&[0], &[1], &[0, 1]]);
+        let [gone, other] = ["worker-0", "worker-1"].map(|name| WorkerId::parse(name).unwrap());
+        assert_eq!(homeless(&state, &gone), 0, "memory without a limit");
+        state.workers.get_mut(&other).unwrap().memory_budget = 2 << 20;
+        assert_eq!(homeless(&state, &gone), 1);
+    }
 
     #[test]
     fn what_is_left_to_do_is_told_until_the_worker_is_gone() {

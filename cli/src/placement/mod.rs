@@ -3,6 +3,7 @@
 
 mod place;
 mod file;
+mod load;
 mod show;
 mod plan;
 mod lint;

@@ -13,6 +13,7 @@ use conclave_runtime::channel;
 use futures::future;
 use serde::Serialize;
 
+use super::load::{self, LayerLoad};
 use super::place::{Found, Where};
 use crate::client;
 use crate::terminal::{self, Output};
@@ -82,6 +83,9 @@ struct Report {
     routers: Vec<RouterReport>,
     workers: Vec<WorkerReport>,
     layers: Vec<LayerReport>,
+    /// By layer; absent while too little is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    load: Option<Vec<LayerLoad>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -105,10 +109,18 @@ struct WorkerReport {
     state: &'static str,
     device: String,
     address: String,
+    host: String,
+    zone: String,
     plan_version: u64,
     experts: usize,
     assigned: usize,
+    /// Of those assigned, such as could not be loaded.
+    failing: usize,
     bytes: u64,
+    /// 0 is no limit.
+    memory_budget: u64,
+    /// Rows per second through one expert; 0 while unknown.
+    speed: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     rows: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -140,6 +152,7 @@ impl Report {
             routers: state.routers.values().map(RouterReport::of).collect(),
             workers: state.workers.values().map(|worker| WorkerReport::of(state, worker, rows)).collect(),
             layers: layers(state),
+            load: load::report(state),
         }
     }
 
@@ -160,8 +173,15 @@ impl Report {
         for (id, error) in silent {
             text.push_str(&format!("{id} did not say how many rows it computed: {error}\n"));
         }
+        for worker in self.workers.iter().filter(|worker| worker.failing > 0) {
+            text.push_str(&format!("{} could not load {} experts, see its log\n", worker.id, worker.failing));
+        }
         text.push('\n');
         text.push_str(&self.layer_table());
+        if let Some(load) = &self.load {
+            text.push('\n');
+            text.push_str(&load::table(load));
+        }
         text
     }
 
@@ -244,7 +264,12 @@ impl WorkerReport {
             },
             device: record.device.clone(),
             address: record.address.clone(),
+            host: record.locality.host.clone(),
+            zone: record.locality.zone.clone(),
             plan_version: record.plan_version.0,
+            failing: record.failing.len(),
+            memory_budget: record.memory_budget,
+            speed: record.speed,
             experts,
             assigned: state.plan.as_ref().map_or(0, |plan| plan.assigned_to(&record.id).len()),
             bytes: experts as u64 * expert_bytes,

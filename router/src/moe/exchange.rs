@@ -101,7 +101,7 @@ pub enum Error {
         /// Where the step stood.
         layer: u32,
     },
-    /// A worker calls the batch itself wrong; no other would think better of it.
+    /// Workers call the batch itself wrong, two of them or the only one twice; no other would think better of it.
     #[error("layer {layer}: {message}")]
     Invalid {
         /// Where the step stood.

@@ -58,13 +58,17 @@ pub struct NoHolder {
     pub expert: u16,
 }
 
+/// Rows of one expert below which they are not divided between replicas: from here on computing takes longer than reading the
+/// weights once more, which the other replica would do while it waits.
+const PIECE: u32 = 32;
+
 /// Assigns `assignments` (in slot order) to holders.
 ///
-/// All rows of an expert go to one replica: reading its weights is the cost, so sixteen rows cost as one. Experts are
-/// taken from the most rows to the fewest, and each goes to the holder that would be done first, by its `speed` and what
-/// it has so far; one that the plan wants there before one that holds it still, and one that is late after all others. Where
-/// all that is equal, `turn` decides, which should be another number each time: otherwise the first by name would get every
-/// row of a step that has few.
+/// The rows of an expert go to one replica, for reading its weights is the cost, and sixteen rows cost as one; where there are
+/// many, in pieces of [`PIECE`] rows or more, which several replicas may share. Pieces are taken from the most rows to the
+/// fewest, and each goes to the holder that would be done first, by its `speed` and what it has so far; one that the plan
+/// wants there before one that holds it still, and one that is late after all others. Where all that is equal, `turn`
+/// decides, which should be another number each time: otherwise the first by name would get every row of a step that has few.
 pub fn plan<'a>(
     assignments: &[Assignment],
     holders: impl Fn(u16) -> Holders<'a>,
@@ -77,12 +81,13 @@ pub fn plan<'a>(
     for assignment in assignments {
         *rows_of.entry(assignment.expert).or_default() += 1;
     }
-    let mut experts: Vec<(u16, u32)> = rows_of.into_iter().collect();
-    experts.sort_by_key(|&(expert, rows)| (std::cmp::Reverse(rows), expert));
+    let mut pieces: Vec<(u16, u32)> = rows_of.into_iter().flat_map(|(expert, rows)| pieces(expert, rows)).collect();
+    pieces.sort_by_key(|&(expert, rows)| (std::cmp::Reverse(rows), expert));
 
     let mut load: BTreeMap<u32, u32> = BTreeMap::new();
-    let mut chosen: BTreeMap<u16, u32> = BTreeMap::new();
-    for (expert, rows) in experts {
+    // Per expert, its pieces: to whom, and how many rows are left of it.
+    let mut chosen: BTreeMap<u16, Vec<(u32, u32)>> = BTreeMap::new();
+    for (expert, rows) in pieces {
         let Holders { planned, spare } = holders(expert);
         let able = planned.iter().map(|worker| (false, *worker)).chain(spare.iter().map(|worker| (true, *worker)));
         let able = able.map(|(spare, worker)| ((standing(worker), spare), worker));
@@ -93,12 +98,12 @@ pub fn plan<'a>(
         });
         let (_, worker) = first.ok_or(NoHolder { expert })?;
         *load.entry(worker).or_default() += rows;
-        chosen.insert(expert, worker);
+        chosen.entry(expert).or_default().push((worker, rows));
     }
 
     let mut parts: BTreeMap<u32, Vec<Part>> = BTreeMap::new();
     for assignment in assignments {
-        let worker = chosen[&assignment.expert];
+        let Some(worker) = chosen.get_mut(&assignment.expert).and_then(take) else { continue };
         let parts = parts.entry(worker).or_default();
         let fits = |part: &&mut Part| part.takes(assignment.row, most);
         match parts.last_mut().filter(fits) {
@@ -111,6 +116,23 @@ pub fn plan<'a>(
         }
     }
     Ok(parts.into_values().flatten().collect())
+}
+
+/// So many rows of an expert, in as many pieces of [`PIECE`] rows or more as they make, as equal as can be.
+fn pieces(expert: u16, rows: u32) -> impl Iterator<Item = (u16, u32)> {
+    let count = (rows / PIECE).max(1);
+    (0..count).map(move |piece| (expert, rows / count + u32::from(piece < rows % count)))
+}
+
+/// Whose the next row of an expert is. The pieces hold exactly its rows, so there is one for each.
+fn take(pieces: &mut Vec<(u32, u32)>) -> Option<u32> {
+    let (worker, left) = pieces.last_mut()?;
+    let worker = *worker;
+    *left -= 1;
+    if *left == 0 {
+        pieces.pop();
+    }
+    Some(worker)
 }
 
 impl Part {
@@ -137,7 +159,7 @@ mod tests {
     proptest! {
         #[test]
         fn every_assignment_is_in_one_part_at_a_holder(
-            routing in prop::collection::vec(prop::collection::btree_set(0u16..12, 3), 1..20),
+            routing in prop::collection::vec(prop::collection::btree_set(0u16..12, 3), 1..160),
             holders in prop::collection::vec(prop::collection::btree_set(0u32..5, 0..4), 12),
             excluded in prop::collection::vec(0u32..5, 0..2),
             rows in 1usize..8,
@@ -189,6 +211,21 @@ mod tests {
         };
         assert_eq!(rows([1.0, 1.0]), [4, 4]);
         assert_eq!(rows([3.1, 1.0]), [6, 2], "a faster one takes more");
+    }
+
+    #[test]
+    fn many_rows_of_one_expert_are_divided_and_few_are_not() {
+        let most = Most { rows: 1000, assignments: 1000 };
+        let held = |_| Holders { planned: &[0, 1], spare: &[] };
+        let rows = |count: u32, speeds: [f64; 2]| {
+            let assignments: Vec<Assignment> = (0..count).map(|slot| Assignment { slot, row: slot, expert: 3 }).collect();
+            let parts = plan(&assignments, held, |_| Standing::Ready, |worker| speeds[worker as usize], 0, most);
+            parts.expect("held").iter().map(|part| part.rows.len()).collect::<Vec<_>>()
+        };
+        assert_eq!(rows(2 * PIECE - 1, [1.0, 1.0]), [63]);
+        assert_eq!(rows(2 * PIECE, [1.0, 1.0]), [32, 32]);
+        assert_eq!(rows(300, [1.0, 1.0]).iter().sum::<usize>(), 300);
+        assert_eq!(rows(256, [3.1, 1.0]), [192, 64], "by speed");
     }
 
     #[test]

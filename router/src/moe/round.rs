@@ -4,8 +4,9 @@
 //! Never here: an answer without all its parts, one part counted twice, a worker asked again without a pause.
 //!
 //! A part that is *late* (by what answers of its size usually take, see `workers/pace.rs`) is *hedged*: asked of other
-//! holders too, within a budget. The first whole answer counts; both are the same, because expert calls are pure. As long
-//! as its answer is overdue a worker is avoided, so that one that hangs costs a single wait and not one per layer.
+//! holders too, within a budget, and of others again if those are late or fail. The first whole answer counts; all are the
+//! same, because expert calls are pure. As long as its answer is overdue a worker is avoided, so that one that hangs costs a
+//! single wait and not one per layer.
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
@@ -44,7 +45,9 @@ pub(super) struct Round<'a> {
     /// Workers that did not compute what they were sent, and until when they are passed over.
     passed_over: Vec<(WorkerId, Instant)>,
     last_failure: Option<String>,
-    invalid: Option<String>,
+    /// The worker that called a batch invalid, and what was said when it was said again.
+    invalid: Option<WorkerId>,
+    condemned: Option<String>,
     /// Answers as they came, and of each slot where among them its row lies.
     answers: Vec<Rows>,
     slots: Vec<Place>,
@@ -55,33 +58,40 @@ pub(super) struct Round<'a> {
 /// A part that was sent.
 struct Job {
     part: Part,
-    worker: WorkerId,
-    /// When it is to be hedged, if it may still be.
+    /// The first, and hedges.
+    attempts: Vec<Attempt>,
+    /// When it is to be hedged, if it may be.
     late_at: Option<Instant>,
-    /// Whether the worker it was sent to may still answer.
-    asked: bool,
-    hedge: Hedge,
     done: bool,
 }
 
-/// The same assignments, sent to others.
-enum Hedge {
-    Never,
-    /// So many parts are not back; those are.
-    Out(usize, Vec<(Part, Rows)>),
-    Failed,
+/// The same assignments, sent to one worker or, as a hedge, to several.
+struct Attempt {
+    workers: Vec<WorkerId>,
+    /// Parts that are not back; those that are.
+    missing: usize,
+    back: Vec<(Part, Rows)>,
+    failed: bool,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Lane {
-    First,
-    Hedge,
+impl Attempt {
+    fn of<'f>(flights: impl Iterator<Item = &'f Flight> + Clone) -> Self {
+        let workers = flights.clone().map(|flight| flight.to.id.clone()).collect();
+        Self { workers, missing: flights.count(), back: Vec::new(), failed: false }
+    }
+}
+
+impl Job {
+    /// Whether that worker may still answer.
+    fn waits_for(&self, worker: &WorkerId) -> bool {
+        self.attempts.iter().any(|attempt| !attempt.failed && attempt.workers.contains(worker))
+    }
 }
 
 /// One part about to leave; borrows nothing of the round.
 struct Flight {
     job: usize,
-    lane: Lane,
+    attempt: usize,
     part: Part,
     to: Reach,
     dispatch: Dispatch,
@@ -93,14 +103,14 @@ struct Flight {
 impl Flight {
     async fn reply(self) -> Sent {
         let reply = self.to.link.call(self.dispatch, self.late_at, self.patience, self.deadline).await;
-        Sent { job: self.job, lane: self.lane, part: self.part, worker: self.to.id, reply }
+        Sent { job: self.job, attempt: self.attempt, part: self.part, worker: self.to.id, reply }
     }
 }
 
 /// What became of a part, with what is needed to plan it again.
 struct Sent {
     job: usize,
-    lane: Lane,
+    attempt: usize,
     part: Part,
     worker: WorkerId,
     reply: Reply,
@@ -131,6 +141,7 @@ impl<'a> Round<'a> {
             passed_over: Vec::new(),
             last_failure: None,
             invalid: None,
+            condemned: None,
             answers: Vec::new(),
             slots,
             partials: Vec::new(),
@@ -154,7 +165,7 @@ impl<'a> Round<'a> {
             tokio::select! {
                 Some(sent) = flying.next() => {
                     self.receive(sent);
-                    if let Some(message) = self.invalid.take() {
+                    if let Some(message) = self.condemned.take() {
                         return Err(Error::Invalid { layer: self.layer, message });
                     }
                 }
@@ -182,7 +193,7 @@ impl<'a> Round<'a> {
         self.passed_over.retain(|(_, until)| *until > now);
         let standing = |worker: u32| {
             let reach = &snapshot.workers[worker as usize];
-            match self.is_passed_over(reach) {
+            match self.is_passed_over(reach, now) {
                 true => Standing::Excluded,
                 false if reach.link.is_overdue(now) => Standing::Avoided,
                 false => Standing::Ready,
@@ -229,20 +240,18 @@ impl<'a> Round<'a> {
         &self.exchange.workers.counters().phases
     }
 
-    fn is_passed_over(&self, reach: &Reach) -> bool {
-        self.passed_over.iter().any(|(worker, _)| *worker == reach.id)
+    fn is_passed_over(&self, reach: &Reach, now: Instant) -> bool {
+        self.passed_over.iter().any(|(worker, until)| *worker == reach.id && *until > now)
     }
 
     /// Sends a part for the first time.
     fn begin(&mut self, snapshot: &Snapshot, part: Part) -> Flight {
         let hedging = self.exchange.hedging.as_ref().inspect(|hedging| hedging.sent());
-        let flight = self.send(snapshot, part, self.jobs.len(), Lane::First);
+        let flight = self.send(snapshot, part, self.jobs.len(), 0);
         let job = Job {
-            worker: flight.to.id.clone(),
             part: flight.part.clone(),
+            attempts: vec![Attempt::of(std::iter::once(&flight))],
             late_at: flight.late_at.filter(|_| hedging.is_some()),
-            asked: true,
-            hedge: Hedge::Never,
             done: false,
         };
         self.jobs.push(job);
@@ -250,7 +259,7 @@ impl<'a> Round<'a> {
         flight
     }
 
-    /// What is late and can be asked of others, once each.
+    /// What is late and can be asked of others.
     fn hedge(&mut self, snapshot: &Snapshot) -> Vec<Flight> {
         let now = Instant::now();
         let mut sent = Vec::new();
@@ -261,7 +270,7 @@ impl<'a> Round<'a> {
             }
             let standing = |worker: u32| {
                 let reach = &snapshot.workers[worker as usize];
-                match reach.id == job.worker || self.is_passed_over(reach) || reach.link.is_overdue(now) {
+                match job.waits_for(&reach.id) || self.is_passed_over(reach, now) || reach.link.is_overdue(now) {
                     true => Standing::Excluded,
                     false => Standing::Ready,
                 }
@@ -273,20 +282,24 @@ impl<'a> Round<'a> {
                 self.jobs[index].late_at = Some(now + FAILED_PAUSE);
                 continue;
             };
-            self.jobs[index].late_at = None;
-            debug!(layer = self.layer, worker = %self.jobs[index].worker, "a batch is late, asking others too");
+            debug!(layer = self.layer, attempts = job.attempts.len(), "a batch is late, asking others too");
             self.exchange.workers.counters().hedged();
-            self.jobs[index].hedge = Hedge::Out(parts.len(), Vec::new());
-            sent.extend(parts.into_iter().map(|part| self.send(snapshot, part, index, Lane::Hedge)));
+            let attempt = job.attempts.len();
+            let flights: Vec<Flight> =
+                parts.into_iter().map(|part| self.send(snapshot, part, index, attempt)).collect();
+            let job = &mut self.jobs[index];
+            job.attempts.push(Attempt::of(flights.iter()));
+            job.late_at = flights.iter().filter_map(|flight| flight.late_at).max();
+            sent.extend(flights);
         }
         sent
     }
 
-    fn send(&self, snapshot: &Snapshot, part: Part, job: usize, lane: Lane) -> Flight {
+    fn send(&self, snapshot: &Snapshot, part: Part, job: usize, attempt: usize) -> Flight {
         let late_after = self.exchange.workers.pace().late_after(part.assignments.len());
         Flight {
             job,
-            lane,
+            attempt,
             to: snapshot.workers[part.worker as usize].clone(),
             dispatch: self.phases().timed(Phase::Encode, || self.dispatch(snapshot, &part)),
             part,
@@ -313,45 +326,51 @@ impl<'a> Round<'a> {
     }
 
     /// Keeps what is back; puts what is not on the list again.
-    fn receive(&mut self, Sent { job, lane, part, worker, reply }: Sent) {
+    fn receive(&mut self, Sent { job, attempt, part, worker, reply }: Sent) {
         let (failure, pause) = match reply {
-            Reply::Rows(rows) => return self.returned(job, lane, part, rows),
-            Reply::Refused(Refusal::Invalid(message)) => {
-                self.invalid = Some(format!("worker {worker}: {message}"));
-                return;
-            }
+            Reply::Rows(rows) => return self.returned(job, attempt, part, rows),
             Reply::Refused(refusal) => {
                 let pause = match &refusal {
                     Refusal::Busy(after) => (*after).clamp(BUSY_PAUSE.0, BUSY_PAUSE.1),
                     _ => FAILED_PAUSE,
                 };
+                if let Refusal::Invalid(message) = &refusal {
+                    self.called_invalid(&worker, message);
+                }
                 (format!("worker {worker} refused: {refusal}"), pause)
             }
             Reply::Lost(failure) => (failure, FAILED_PAUSE),
         };
         // Another holder is asked at once, and where there is none this one is asked again after the pause.
         self.passed_over.push((worker, Instant::now() + pause));
-        self.failed(job, lane, failure);
+        self.failed(job, attempt, failure);
     }
 
-    fn returned(&mut self, index: usize, lane: Lane, part: Part, rows: Rows) {
+    /// One worker that calls a batch invalid may be out of its mind. If it says so twice, there is nobody else to ask; if two
+    /// say so, it is the batch.
+    fn called_invalid(&mut self, worker: &WorkerId, message: &str) {
+        if self.invalid.is_some() {
+            self.condemned = Some(format!("worker {worker}: {message}"));
+        } else {
+            self.invalid = Some(worker.clone());
+        }
+    }
+
+    fn returned(&mut self, index: usize, attempt: usize, part: Part, rows: Rows) {
         let job = &mut self.jobs[index];
-        if job.done {
+        let back = &mut job.attempts[attempt];
+        if job.done || back.failed {
             return;
         }
-        let whole = match (lane, &mut job.hedge) {
-            (Lane::First, _) => vec![(part, rows)],
-            (Lane::Hedge, Hedge::Out(missing, back)) => {
-                *missing -= 1;
-                back.push((part, rows));
-                if *missing > 0 {
-                    return;
-                }
-                self.exchange.workers.counters().hedge_won();
-                std::mem::take(back)
-            }
-            (Lane::Hedge, Hedge::Never | Hedge::Failed) => return,
-        };
+        back.missing -= 1;
+        back.back.push((part, rows));
+        if back.missing > 0 {
+            return;
+        }
+        if attempt > 0 {
+            self.exchange.workers.counters().hedge_won();
+        }
+        let whole = std::mem::take(&mut back.back);
         job.done = true;
         self.open -= 1;
         for (part, rows) in whole {
@@ -376,18 +395,19 @@ impl<'a> Round<'a> {
     }
 
     /// Puts a part on the list again once nobody computes it any more.
-    fn failed(&mut self, index: usize, lane: Lane, failure: String) {
+    fn failed(&mut self, index: usize, attempt: usize, failure: String) {
         let job = &mut self.jobs[index];
-        if job.done {
+        if job.done || job.attempts[attempt].failed {
             return;
-        }
-        match lane {
-            Lane::First => (job.asked, job.late_at) = (false, None),
-            Lane::Hedge => job.hedge = Hedge::Failed,
         }
         debug!(layer = self.layer, rows = job.part.rows.len(), %failure, "rows were not computed");
         self.last_failure = Some(failure);
-        if job.asked || matches!(job.hedge, Hedge::Out(..)) {
+        job.attempts[attempt].failed = true;
+        if job.attempts.iter().any(|attempt| !attempt.failed) {
+            // The one that was late enough for this attempt to be made still is.
+            if attempt > 0 && attempt + 1 == job.attempts.len() {
+                job.late_at = Some(Instant::now());
+            }
             return;
         }
         job.done = true;

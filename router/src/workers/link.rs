@@ -46,8 +46,10 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(2);
 /// Between two attempts to connect: the first, and the longest.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 /// How long a worker is left alone whose answer could not be believed, or did not come in time: doubles from the first to
-/// the second for as long as it answers nothing in between.
+/// the second with each time, until it has been well for as long as the second.
 const QUARANTINE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+/// A worker that so many times in a row calls a batch invalid, or its own failure, is not asked on.
+const STRIKES: u32 = 3;
 
 /// A cheap handle on one worker's stream.
 #[derive(Clone, Debug)]
@@ -82,6 +84,8 @@ struct Stream {
     cut: CancellationToken,
     /// Whether anything sound came back over it.
     answered: bool,
+    /// Refusals in a row that speak against the worker.
+    strikes: u32,
     /// Late answers in a row.
     tardy: u32,
     /// Until when it is avoided because of them.
@@ -89,6 +93,20 @@ struct Stream {
 }
 
 impl Stream {
+    /// Counts what speaks against the worker; says why it cannot be relied on any more.
+    fn strike(&mut self, reply: &codec::Reply) -> Result<(), String> {
+        self.strikes = match reply {
+            codec::Reply::Refused(codec::Refusal::Internal(_) | codec::Refusal::Invalid(_)) => self.strikes + 1,
+            // Of rows alone it is known that its tensor thread works.
+            codec::Reply::Rows(_) => 0,
+            _ => self.strikes,
+        };
+        match reply {
+            codec::Reply::Refused(refusal) if self.strikes >= STRIKES => Err(format!("it refuses again and again: {refusal}")),
+            _ => Ok(()),
+        }
+    }
+
     /// A sound answer came. A worker that is late again and again is avoided for longer and longer, so that not every
     /// batch must find out anew; an answer in time clears its name.
     fn heard(&mut self, waiting: &Waiting, now: Instant) {
@@ -266,6 +284,7 @@ impl Link {
     async fn keep_connected(self, events: mpsc::Sender<()>) {
         let stop = self.0.stop.clone();
         let (mut backoff, mut quarantine, mut distrusted) = (BACKOFF.0, QUARANTINE.0, false);
+        let mut well_since = Instant::now();
         while !stop.is_cancelled() {
             let opened = tokio::select! {
                 opened = self.connect(distrusted) => opened,
@@ -278,7 +297,12 @@ impl Link {
                     let ending = self.receive(inbound, &cut).await;
                     let answered = self.down();
                     let _ = events.send(()).await;
-                    (backoff, quarantine) = if answered { (BACKOFF.0, QUARANTINE.0) } else { (backoff, quarantine) };
+                    if answered {
+                        backoff = BACKOFF.0;
+                    }
+                    if well_since.elapsed() >= QUARANTINE.1 {
+                        quarantine = QUARANTINE.0;
+                    }
                     distrusted = matches!(ending, Ending::Unreliable(_));
                     match ending {
                         _ if stop.is_cancelled() => break,
@@ -288,6 +312,7 @@ impl Link {
                         }
                         Ending::Unreliable(why) => {
                             warn!(worker = %self.0.worker, %why, pause = ?quarantine, "expert worker left alone");
+                            well_since = Instant::now() + quarantine;
                             doubling(&mut quarantine, QUARANTINE.1)
                         }
                     }
@@ -360,18 +385,24 @@ impl Link {
             match message {
                 Ok(Some(message)) => {
                     if let Err(why) = self.answer(message) {
-                        self.0.counters.corrupt.fetch_add(1, Relaxed);
                         return Ending::Unreliable(why);
                     }
                 }
                 Ok(None) => return Ending::Broken("the worker closed it".to_owned()),
+                Err(_) if inbound.fell_silent() => {
+                    return Ending::Unreliable("it does not answer keep-alives".to_owned());
+                }
                 Err(status) => return Ending::Broken(status.to_string()),
             }
         }
     }
 
     fn answer(&self, message: Bytes) -> Result<(), String> {
-        let message = codec::read(message)?;
+        let corrupt = |why| {
+            self.0.counters.corrupt.fetch_add(1, Relaxed);
+            why
+        };
+        let message = codec::read(message).map_err(corrupt)?;
         let waiting = self.0.stream.lock().waiting.remove(&message.batch_id);
         let Some(waiting) = waiting else {
             self.0.counters.late.fetch_add(1, Relaxed);
@@ -383,8 +414,12 @@ impl Link {
         phases.add(Phase::Expert, computed.min(away));
         phases.add(Phase::Wire, away.saturating_sub(queued.saturating_add(computed)));
         let decode = || codec::from_message(message, waiting.rows, self.0.hidden);
-        let reply = phases.timed(Phase::Decode, decode)?;
-        self.0.stream.lock().heard(&waiting, Instant::now());
+        let reply = phases.timed(Phase::Decode, decode).map_err(corrupt)?;
+        let verdict = {
+            let mut stream = self.0.stream.lock();
+            stream.heard(&waiting, Instant::now());
+            stream.strike(&reply)
+        };
         if matches!(reply, codec::Reply::Rows(_)) {
             self.0.pace.observe(waiting.assignments, waiting.sent.elapsed());
         }
@@ -392,7 +427,7 @@ impl Link {
         if waiting.answer.is_none_or(|answer| answer.send(reply).is_err()) {
             self.0.counters.late.fetch_add(1, Relaxed);
         }
-        Ok(())
+        verdict
     }
 }
 

@@ -17,6 +17,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use conclave_placement::{
@@ -24,7 +25,10 @@ use conclave_placement::{
     state::{ClusterState, WorkerRecord, WorkerState},
 };
 use conclave_runtime::wire_thread::WireThread;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -35,6 +39,8 @@ pub use link::Link;
 pub use pace::Pace;
 pub use snapshot::{Holders, Reach, Snapshot};
 
+/// A worker that could not be used for so long is told to be out of reach: its experts may be placed elsewhere.
+const OUT_OF_REACH: Duration = Duration::from_secs(3);
 /// Link events waiting for the pool; each link has at most one change under way.
 const EVENT_QUEUE: usize = 256;
 
@@ -73,10 +79,14 @@ impl Counters {
     }
 }
 
+/// Runs of workers that the store tells of and that could not be used for a while.
+pub type Unreachable = BTreeMap<WorkerId, Incarnation>;
+
 /// A cheap handle on the pool.
 #[derive(Clone, Debug)]
 pub struct Workers {
     snapshots: watch::Receiver<Arc<Snapshot>>,
+    unreachable: watch::Receiver<Unreachable>,
     counters: Arc<Counters>,
     pace: Arc<Pace>,
     _wire: Arc<WireThread>,
@@ -93,10 +103,17 @@ impl Workers {
         let wire = Arc::new(WireThread::start("wire")?);
         let (publish, snapshots) = watch::channel(Arc::new(Snapshot::empty()));
         let (counters, pace) = (Arc::new(Counters::default()), Arc::new(Pace::default()));
+        let (tell, unreachable) = watch::channel(Unreachable::new());
         let known = BTreeMap::new();
-        let pool = Pool { known, publish, counters: counters.clone(), pace: pace.clone(), wire: wire.clone(), hidden };
+        let pool =
+            Pool { known, publish, tell, counters: counters.clone(), pace: pace.clone(), wire: wire.clone(), hidden };
         tokio::spawn(pool.run(cluster, stop));
-        Ok(Self { snapshots, counters, pace, _wire: wire })
+        Ok(Self { snapshots, unreachable, counters, pace, _wire: wire })
+    }
+
+    /// Tells of workers that could not be used for a while.
+    pub fn unreachable(&self) -> watch::Receiver<Unreachable> {
+        self.unreachable.clone()
     }
 
     /// The newest picture.
@@ -124,6 +141,7 @@ impl Workers {
 struct Pool {
     known: BTreeMap<(WorkerId, Incarnation), Known>,
     publish: watch::Sender<Arc<Snapshot>>,
+    tell: watch::Sender<Unreachable>,
     counters: Arc<Counters>,
     pace: Arc<Pace>,
     wire: Arc<WireThread>,
@@ -136,6 +154,8 @@ struct Known {
     link: Link,
     /// Whether the store still tells of it.
     listed: bool,
+    /// Since when there has been no stream.
+    down_since: Option<Instant>,
 }
 
 impl Pool {
@@ -147,12 +167,37 @@ impl Pool {
             self.follow(&state, &events, &stop);
             let known = self.known.values().map(|known| (&known.record, &known.link));
             self.publish.send_replace(Arc::new(Snapshot::new(&state, known)));
+            let wake = self.tell_unreachable();
             tokio::select! {
                 changed = cluster.changed() => if changed.is_err() { return },
                 Some(()) = changes.recv() => {}
+                () = sleep_until(wake.unwrap_or_else(Instant::now)), if wake.is_some() => {}
                 () = stop.cancelled() => return,
             }
         }
+    }
+
+    /// Says whom nobody could use for a while, and when there may be more to say though nothing has changed.
+    fn tell_unreachable(&mut self) -> Option<Instant> {
+        let (now, mut unreachable, mut wake) = (Instant::now(), Unreachable::new(), None);
+        for ((id, incarnation), known) in self.known.iter_mut().filter(|(_, known)| known.listed) {
+            if known.link.is_up() {
+                known.down_since = None;
+                continue;
+            }
+            let until = *known.down_since.get_or_insert(now) + OUT_OF_REACH;
+            if until <= now {
+                unreachable.insert(id.clone(), *incarnation);
+            } else {
+                wake = wake.into_iter().chain([until]).min();
+            }
+        }
+        self.tell.send_if_modified(|told| {
+            let news = *told != unreachable;
+            *told = unreachable;
+            news
+        });
+        wake
     }
 
     /// Closes links to those who left: the store does not tell of them, and their stream is down or another run of them
@@ -182,7 +227,7 @@ impl Pool {
                 let link = Link::open(worker, self.hidden, shared, &self.wire, events.clone(), stop.child_token());
                 info!(worker = %worker.id, address = %worker.address, "expert worker joined");
                 link.remember(canary(worker));
-                self.known.insert(key.clone(), Known { record: worker.clone(), link, listed: true });
+                self.known.insert(key.clone(), Known { record: worker.clone(), link, listed: true, down_since: None });
             }
             if let Some(known) = self.known.get_mut(&key).filter(|known| known.record != *worker) {
                 known.record.clone_from(worker);

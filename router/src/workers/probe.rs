@@ -23,7 +23,8 @@ const PATIENCE: Duration = Duration::from_secs(2);
 /// No batch of a request has this id: theirs count from 1.
 const BATCH_ID: u64 = 0;
 
-/// Asks, and says what is wrong with the answer. An honest refusal is an answer to be believed.
+/// Asks, and says what is wrong with the answer. A refusal that speaks of the moment (busy, leaving, not resident) is an answer
+/// to be believed; one that speaks against the worker is none.
 pub(super) async fn ask(canary: Canary, hidden: usize, out: &Outbox, inbound: &mut Inbox) -> Result<(), String> {
     let contents = Contents {
         layer: canary.layer,
@@ -48,7 +49,7 @@ pub(super) async fn ask(canary: Canary, hidden: usize, out: &Outbox, inbound: &m
     match codec::from_message(message, 1, hidden)? {
         Reply::Rows(rows) if rows.are_zero() => Ok(()),
         Reply::Rows(_) => Err("a row of zeros came back as something else".to_owned()),
-        Reply::Refused(Refusal::Invalid(message)) => Err(message),
+        Reply::Refused(Refusal::Invalid(message) | Refusal::Internal(message)) => Err(message),
         Reply::Refused(_) => Ok(()),
         Reply::Lost(why) => Err(why),
     }

@@ -72,7 +72,6 @@ impl Snapshot {
     }
 
     fn add(&mut self, state: &ClusterState, record: &WorkerRecord, link: &Link) {
-        let experts = state.model.as_ref().map_or(0, |model| model.experts as usize);
         let stays = !state.is_leaving(record);
         let index = self.workers.len() as u32;
         self.workers.push(Reach { id: record.id.clone(), link: link.clone(), speed: record.speed });
@@ -81,9 +80,14 @@ impl Snapshot {
             None => true,
         };
         for (layer, expert) in record.resident.iter() {
-            let held = self.holders.entry(layer.0).or_insert_with(|| vec![Held::default(); experts]);
-            let Some(held) = held.get_mut(usize::from(expert.0)) else { continue };
-            match stays && planned(layer, expert) {
+            let is_planned = stays && planned(layer, expert);
+            // As many as somebody holds: the store may have lost the model's key, streams have not.
+            let (experts, expert) = (self.holders.entry(layer.0).or_default(), usize::from(expert.0));
+            if experts.len() <= expert {
+                experts.resize_with(expert + 1, Held::default);
+            }
+            let held = &mut experts[expert];
+            match is_planned {
                 true => held.planned.push(index),
                 false => held.spare.push(index),
             }

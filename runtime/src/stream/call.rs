@@ -10,6 +10,8 @@ use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll, Waker};
 
 use bytes::Bytes;
@@ -60,6 +62,8 @@ struct Shared {
     /// `None` once it has ended.
     line: Mutex<Option<Line>>,
     task: AtomicWaker,
+    /// It ended because the other end no longer answered.
+    silent: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -108,6 +112,7 @@ pub async fn open(
         room: Arc::new(Semaphore::new(QUEUE_KIB)),
         line: Mutex::new(Some(line)),
         task: AtomicWaker::new(),
+        silent: AtomicBool::new(false),
     });
     let task = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&shared).run(pings)));
     let (parts, stream) = response.await.map_err(broken)?.into_parts();
@@ -146,12 +151,19 @@ impl Outbox {
     }
 }
 
+impl Inbox {
+    /// Whether the connection ended because the other end no longer answered keep-alives.
+    pub fn fell_silent(&self) -> bool {
+        self.shared.silent.load(Relaxed)
+    }
+}
+
 impl Shared {
     /// The connection's task, until it ends.
     async fn run(self: Arc<Self>, pings: Option<PingPong>) {
         tokio::select! {
             () = poll_fn(|cx| self.poll(cx)) => {}
-            () = silence(pings) => {}
+            () = silence(pings) => self.silent.store(true, Relaxed),
         }
         self.close();
     }

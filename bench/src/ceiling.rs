@@ -12,7 +12,7 @@ use anyhow::{Context, ensure};
 use conclave_model::gate::Routing;
 use conclave_model::wire::Encoding;
 use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, WorkerId};
-use conclave_placement::state::{ClusterState, Locality, ModelIdentity, WorkerRecord, WorkerState};
+use conclave_placement::state::{ClusterState, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState};
 use conclave_router::load::SentRows;
 use conclave_router::moe::{Exchange, Mode};
 use conclave_router::workers::Workers;

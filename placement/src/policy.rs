@@ -125,12 +125,7 @@ impl Policy {
     }
 
     /// EPLB places everything anew each time: only where something must be, or where it is worth that.
-    fn eplb(
-        &self,
-        problem: &Problem<'_>,
-        groups: usize,
-        state: &ClusterState,
-    ) -> Result<Option<Plan>, planner::Error> {
+    fn eplb(&self, problem: &Problem<'_>, groups: usize, state: &ClusterState) -> Result<Option<Plan>, planner::Error> {
         let previous = state.plan.as_deref();
         let Some(plan) = eplb::policy::plan(problem, groups, previous)? else { return Ok(None) };
         let live = |id: &WorkerId| problem.workers.iter().any(|worker| worker.id == *id);
@@ -188,9 +183,10 @@ fn last_known(state: &ClusterState) -> PlanVersion {
 /// Copies that living workers are to hold and do not hold yet. One that its worker could not load is not coming.
 fn on_their_way(plan: &Plan, state: &ClusterState) -> usize {
     let comes = |layer, expert, id: &WorkerId| {
-        state.workers.get(id).is_some_and(|worker| {
-            !worker.resident.contains(layer, expert) && !worker.failing.contains(layer, expert)
-        })
+        state
+            .workers
+            .get(id)
+            .is_some_and(|worker| !worker.resident.contains(layer, expert) && !worker.failing.contains(layer, expert))
     };
     plan.iter().map(|(layer, expert, holders)| holders.iter().filter(|id| comes(layer, expert, id)).count()).sum()
 }

@@ -335,8 +335,7 @@ async fn serve(
         policy: Some(policy),
         unreachable: BTreeMap::new(),
     };
-    let registration =
-        Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, &workers).await?;
+    let registration = Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, &workers).await?;
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
     let times = (config.lease_ttl(), config.load_window());
     let reporter = Reporter::start(sent, (Arc::clone(&store), &keys), &id, times);

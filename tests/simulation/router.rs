@@ -3,7 +3,7 @@
 //! In: one router of the scenario, its way to the store, the traffic. Out: a life like that of the real process (`app` and
 //! `registration` of conclave-router are what this follows). Never here: a tensor, a socket, a decision.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use conclave_placement::{
     election::Election,

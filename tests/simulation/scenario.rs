@@ -4,11 +4,11 @@
 
 use std::{fmt, time::Duration};
 
+use conclave_placement::policy::{Planner, Policy, Rebalancing};
 use conclave_placement::{
     ids::{LayerIdx, WorkerId},
     state::{Locality, ModelIdentity},
 };
-use conclave_placement::policy::{Planner, Policy, Rebalancing};
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::IndexedRandom};
 
 /// What one expert weighs, in bytes.

@@ -52,7 +52,10 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let others = state.workers.values().filter(|other| other.id != worker && !state.is_leaving(other)).count();
     ensure!(others > 0, "{worker} is the only worker that stays: its experts would have nowhere to go");
     let homeless = homeless(&state, &worker);
-    ensure!(homeless == 0, "without {worker} there would be no room for {homeless} of the experts: add a worker, or memory");
+    ensure!(
+        homeless == 0,
+        "without {worker} there would be no room for {homeless} of the experts: add a worker, or memory"
+    );
     store.put(&keys.drain(&worker), DrainOrder { incarnation }.encode(), None).await?;
     if args.no_wait {
         return Ok(ExitCode::SUCCESS);

@@ -2,7 +2,7 @@
 //! workers and which experts have most of them goes out. Nothing is asked of anybody.
 
 use conclave_placement::load::layer_balancedness;
-use conclave_placement::{ClusterState, ExpertId, policy, planner};
+use conclave_placement::{ClusterState, ExpertId, planner, policy};
 use serde::Serialize;
 
 use crate::terminal;

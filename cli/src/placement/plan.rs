@@ -129,8 +129,14 @@ mod tests {
         let (now, then) = (state(2, &[&[0], &[1], &[0, 1]]), state(2, &[&[0, 1], &[1], &[1]]));
         let workers = planner::candidates(&now);
         let model = now.model.as_ref().unwrap();
-        let problem =
-            Problem { model, workers: &workers, replicas: 1, redundant: 0, load: None, rebalance: planner::Rebalance::No };
+        let problem = Problem {
+            model,
+            workers: &workers,
+            replicas: 1,
+            redundant: 0,
+            load: None,
+            rebalance: planner::Rebalance::No,
+        };
         let expected = "\
 plan 1 (test: test)
 

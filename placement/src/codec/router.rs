@@ -20,10 +20,10 @@ const MAX_WORKERS: usize = 65_536;
 impl RouterRecord {
     /// As a value of the store.
     pub fn encode(&self) -> Bytes {
-        let unreachable = self.unreachable.iter().map(|(id, incarnation)| pb::UnreachableWorker {
-            id: id.to_string(),
-            incarnation: incarnation.get(),
-        });
+        let unreachable = self
+            .unreachable
+            .iter()
+            .map(|(id, incarnation)| pb::UnreachableWorker { id: id.to_string(), incarnation: incarnation.get() });
         let message = pb::RouterRecord {
             id: self.id.to_string(),
             incarnation: self.incarnation.get(),

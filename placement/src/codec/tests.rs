@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::ExpertId;
+use crate::state::RouterRecord;
 
 fn worker_id() -> impl Strategy<Value = WorkerId> {
     "[a-z0-9.-]{1,63}".prop_map(|name| WorkerId::parse(&name).unwrap())

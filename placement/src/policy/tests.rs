@@ -186,9 +186,14 @@ fn a_worker_that_no_router_reaches_is_of_no_use() {
         admin_address: "a:2".into(),
         plan_version: PlanVersion(1),
         policy: None,
-        unreachable: if reaches_b { BTreeMap::new() } else { BTreeMap::from([(id("b"), Incarnation::new(7).unwrap())]) },
+        unreachable: if reaches_b {
+            BTreeMap::new()
+        } else {
+            BTreeMap::from([(id("b"), Incarnation::new(7).unwrap())])
+        },
     };
-    let mut tell = |name: &str, reaches_b| state.routers.insert(RouterId::parse(name).unwrap(), router(name, reaches_b));
+    let mut tell =
+        |name: &str, reaches_b| state.routers.insert(RouterId::parse(name).unwrap(), router(name, reaches_b));
     tell("r", false);
     tell("s", true);
     assert_eq!(due(&policy(1), &state, false), None, "another router reaches it");
@@ -225,5 +230,7 @@ fn eplb_plans_when_it_must_or_when_it_gains() {
         assert!(due(&eplb, &state, true).is_some());
     }
     state.workers.remove(&id("b"));
-    assert!(due(&eplb, &state, false).expect("experts are nobody's").assigned_to(&id("a")).len() == usize::from(EXPERTS));
+    assert!(
+        due(&eplb, &state, false).expect("experts are nobody's").assigned_to(&id("a")).len() == usize::from(EXPERTS)
+    );
 }

@@ -218,7 +218,8 @@ mod tests {
         let most = Most { rows: 1000, assignments: 1000 };
         let held = |_| Holders { planned: &[0, 1], spare: &[] };
         let rows = |count: u32, speeds: [f64; 2]| {
-            let assignments: Vec<Assignment> = (0..count).map(|slot| Assignment { slot, row: slot, expert: 3 }).collect();
+            let assignments: Vec<Assignment> =
+                (0..count).map(|slot| Assignment { slot, row: slot, expert: 3 }).collect();
             let parts = plan(&assignments, held, |_| Standing::Ready, |worker| speeds[worker as usize], 0, most);
             parts.expect("held").iter().map(|part| part.rows.len()).collect::<Vec<_>>()
         };

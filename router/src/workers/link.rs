@@ -102,7 +102,9 @@ impl Stream {
             _ => self.strikes,
         };
         match reply {
-            codec::Reply::Refused(refusal) if self.strikes >= STRIKES => Err(format!("it refuses again and again: {refusal}")),
+            codec::Reply::Refused(refusal) if self.strikes >= STRIKES => {
+                Err(format!("it refuses again and again: {refusal}"))
+            }
             _ => Ok(()),
         }
     }

@@ -30,7 +30,12 @@ struct Move {
 pub(super) fn join(draft: &mut Draft<'_>, fates: &Fates, budget: &mut Budget) {
     let levels = Levels::new(draft, fates);
     let ideal = ideal(draft);
-    let mut joined: Vec<usize> = (0..draft.workers).filter(|worker| level(draft, *worker) < ideal * JOINED).collect();
+    // While no load is known, few copies may be what load had asked for: then only who has nothing has joined.
+    let has_joined = |worker: &usize| match draft.loaded {
+        true => level(draft, *worker) < ideal * JOINED,
+        false => draft.held[*worker] == 0,
+    };
+    let mut joined: Vec<usize> = (0..draft.workers).filter(has_joined).collect();
     joined.sort_by(|a, b| level(draft, *a).total_cmp(&level(draft, *b)).then(a.cmp(b)));
     for worker in joined {
         while budget.moves > 0 && level(draft, worker) < ideal * (1.0 - ROUNDING) {

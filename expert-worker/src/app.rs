@@ -6,10 +6,12 @@
 use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use conclave_model::checkpoint::{self, Checkpoint};
-use conclave_model::device::{self, Compute, Dtype};
+use conclave_model::device::{self, Compute};
 use conclave_placement::ids::{Incarnation, InvalidName, PlanVersion, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
@@ -24,6 +26,7 @@ use conclave_runtime::tensor_thread::SpawnError;
 use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Router;
@@ -55,6 +58,8 @@ pub enum Error {
     Device(#[from] device::Error),
     #[error(transparent)]
     Checkpoint(#[from] loader::Error),
+    #[error("left while {experts} of its experts were held by no other worker: the grace was over")]
+    LeftBehind { experts: usize },
     #[error("--memory {budget} holds no expert: one takes {expert_bytes} bytes")]
     Memory { budget: u64, expert_bytes: u64 },
     #[error(transparent)]
@@ -80,6 +85,8 @@ pub struct Worker {
     /// Where probes and scrapes connect.
     pub admin: SocketAddr,
     drain_grace: Duration,
+    /// An operator ordered it to leave.
+    ordered: Arc<AtomicBool>,
     registration: Arc<Registration>,
     executor: Arc<Executor>,
     resident: Arc<Resident>,
@@ -127,8 +134,20 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
         plan_version: PlanVersion::NONE,
         locality: config.locality(),
     };
+    forget_old_order(&prepared, &record).await;
     let Some(registration) = join(config, shutdown, &prepared, record).await? else { return Ok(None) };
     Ok(Some(serve(config, shutdown, listener, probes, prepared, registration)))
+}
+
+/// An order for a former run of this worker has nobody left to follow it.
+async fn forget_old_order(prepared: &Prepared, record: &WorkerRecord) {
+    let Prepared { store, keys, view, .. } = prepared;
+    if view.current().drains.get(&record.id).is_none_or(|meant| *meant == record.incarnation) {
+        return;
+    }
+    if !matches!(tokio::time::timeout(TIDY_GRACE, store.delete(&keys.drain(&record.id))).await, Ok(Ok(_))) {
+        tracing::warn!("an order for a former run of this worker stays in the store");
+    }
 }
 
 /// Listens for routers of this host too. A worker that was told what to advertise is to be reached there and nowhere else.
@@ -191,7 +210,7 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let compute = Compute::new(config.device, config.dtype, config.numerics);
     tracing::info!(compute = compute.describe(), "experts are computed");
     let (checkpoint, identity) = loader::open(&config.model).await?;
-    let model = Model::new(&checkpoint, identity, config.dtype);
+    let model = Model::new(&checkpoint, identity, compute);
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
     model_key::agree(&*store, &keys, &model.identity).await?;
@@ -216,7 +235,7 @@ struct Model {
 }
 
 impl Model {
-    fn new(checkpoint: &Checkpoint, identity: checkpoint::Identity, dtype: Dtype) -> Self {
+    fn new(checkpoint: &Checkpoint, identity: checkpoint::Identity, compute: Compute) -> Self {
         let config = checkpoint.config();
         let identity = ModelIdentity::new(
             checkpoint.name(),
@@ -227,13 +246,9 @@ impl Model {
             checkpoint.expert_bytes(),
         );
         let (experts, moe_layers) = (identity.experts, identity.moe_layers.clone());
-        let value_bytes = match dtype {
-            Dtype::F32 => 4,
-            Dtype::Bf16 => 2,
-        };
         Self {
             shape: Shape { hidden: config.hidden_size, experts, moe_layers },
-            expert_bytes: 3 * config.hidden_size as u64 * config.moe_intermediate_size as u64 * value_bytes,
+            expert_bytes: checkpoint.resident_expert_bytes(compute),
             identity,
         }
     }
@@ -276,12 +291,14 @@ fn serve(
     let server = wire.spawn(server::serve(routes, listener, closing.clone(), CLOSE_GRACE));
     let budget = Budget { expert_bytes: model.expert_bytes, bytes: config.memory.0 };
     let reconciler = Reconciler::new(loader, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
-    tokio::spawn(ordered_to_leave(view.subscribe(), registration.record(), shutdown.clone()));
+    let ordered = Arc::new(AtomicBool::new(false));
+    tokio::spawn(ordered_to_leave(view.subscribe(), registration.record(), shutdown.clone(), Arc::clone(&ordered)));
     Worker {
         id: registration.record().id,
         listen,
         admin: probes.address,
         drain_grace: config.drain_grace(),
+        ordered,
         registration,
         executor,
         resident,
@@ -300,11 +317,17 @@ fn serve(
 }
 
 /// Begins the drain when an operator asks for this run of this worker in the store.
-async fn ordered_to_leave(mut changes: watch::Receiver<Arc<ClusterState>>, record: WorkerRecord, shutdown: Shutdown) {
+async fn ordered_to_leave(
+    mut changes: watch::Receiver<Arc<ClusterState>>,
+    record: WorkerRecord,
+    shutdown: Shutdown,
+    is_ordered: Arc<AtomicBool>,
+) {
     let ordered = |state: &Arc<ClusterState>| state.drains.get(&record.id) == Some(&record.incarnation);
     tokio::select! {
         ordered = changes.wait_for(ordered) => if ordered.is_ok() {
             tracing::info!("draining, as ordered in the store");
+            is_ordered.store(true, Relaxed);
             shutdown.begin();
         },
         () = shutdown.draining().cancelled_owned() => {}
@@ -318,10 +341,10 @@ impl Worker {
         self.probes.set(true).await;
         tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "ready");
         tokio::select! {
-            () = shutdown.draining().cancelled_owned() => {
-                self.drain().await;
-                Ok(())
-            }
+            () = shutdown.draining().cancelled_owned() => match self.drain().await {
+                0 => Ok(()),
+                experts => Err(Error::LeftBehind { experts }),
+            },
             ended = &mut self.server => {
                 shutdown.begin();
                 self.registration.leave().await;
@@ -334,15 +357,18 @@ impl Worker {
     }
 
     /// In this order: say that this worker leaves, answer on until others hold its experts, then refuse what is new and
-    /// finish what was accepted.
-    async fn drain(mut self) {
+    /// finish what was accepted. Says how many experts nobody else holds.
+    async fn drain(mut self) -> usize {
+        let finish_grace = (self.drain_grace / 4).min(FINISH_GRACE);
+        let deadline = Instant::now() + (self.drain_grace - finish_grace);
         self.probes.set(false).await;
         self.registration.drain();
-        if let Err(error) = (&mut self.reconciler).await {
-            tracing::error!(%error, "the reconciler panicked");
+        match timeout_at(deadline, &mut self.reconciler).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!(%error, "the reconciler panicked"),
+            Err(_) => tracing::warn!("an expert is being read and does not come: leaving without it"),
         }
-        let finish_grace = (self.drain_grace / 4).min(FINISH_GRACE);
-        self.hand_over(self.drain_grace - finish_grace).await;
+        let left_behind = self.hand_over(deadline).await;
         self.refusing.cancel();
         self.in_flight.close();
         if tokio::time::timeout(finish_grace, self.in_flight.wait()).await.is_err() {
@@ -362,21 +388,35 @@ impl Worker {
             executor.close().await;
         }
         tracing::info!(id = %self.id, "left the cluster");
+        left_behind
     }
 
-    /// Waits until every expert of this worker is held by one that stays, for at most `grace`.
-    async fn hand_over(&self, grace: Duration) {
+    /// Waits until every expert of this worker is held by one that stays: until `deadline`, or for as long as it takes where
+    /// an operator ordered it, who can end it with a second signal. Says how many experts nobody else holds.
+    async fn hand_over(&self, deadline: Instant) -> usize {
         let here = self.resident.snapshot();
-        let handed_over = |state: &Arc<ClusterState>| reconcile::is_handed_over(&self.id, &here.experts, state);
-        match tokio::time::timeout(grace, self.view.subscribe().wait_for(handed_over)).await {
-            Ok(_) => tracing::info!(experts = here.experts.len(), "nobody depends on this worker any more"),
-            Err(_) => tracing::warn!(?grace, "leaving though other workers do not hold all of its experts yet"),
+        let mut changes = self.view.subscribe();
+        let handed_over = changes.wait_for(|state| reconcile::is_handed_over(&self.id, &here.experts, state));
+        let waited = match self.ordered.load(Relaxed) {
+            true => Ok(handed_over.await.map(drop)),
+            false => timeout_at(deadline, handed_over).await.map(|outcome| outcome.map(drop)),
+        };
+        match waited {
+            Ok(Ok(())) => {
+                tracing::info!(experts = here.experts.len(), "nobody depends on this worker any more");
+                0
+            }
+            Ok(Err(_)) | Err(_) => {
+                let lost = reconcile::left_behind(&self.id, &here.experts, &self.view.current());
+                tracing::warn!(lost, grace = ?self.drain_grace, "leaving though other workers do not hold all of its experts yet");
+                lost
+            }
         }
     }
 
     /// An order that was carried out must not stay behind.
     async fn take_out_order(&self) {
-        if !self.view.current().drains.contains_key(&self.id) {
+        if self.view.current().drains.get(&self.id) != Some(&self.registration.record().incarnation) {
             return;
         }
         match tokio::time::timeout(TIDY_GRACE, self.store.delete(&self.keys.drain(&self.id))).await {
@@ -397,7 +437,7 @@ mod tests {
     fn the_experts_of_multi_token_prediction_are_placed_and_served_like_the_others() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v3_mtp");
         let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
-        let model = Model::new(&checkpoint, checkpoint.identity().unwrap(), Dtype::F32);
+        let model = Model::new(&checkpoint, checkpoint.identity().unwrap(), Compute::REFERENCE);
         let (identity, layers) = (&model.identity, [LayerIdx(1), LayerIdx(2)]);
         assert_eq!((identity.name.as_str(), identity.layers, identity.experts), ("v3_mtp", 3, 12));
         assert_eq!((&identity.moe_layers[..], &model.shape.moe_layers[..]), (&layers[..], &layers[..]));

@@ -72,7 +72,8 @@ pub struct Config {
     /// How long the cluster remembers a worker that went silent, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub lease_ttl: u64,
-    /// How long a worker that leaves may finish what it has accepted, seconds
+    /// How long a worker that is told to end may move its experts away and finish what it has accepted, seconds; one that is
+    /// ordered to leave by `conclave placement drain` takes as long as it takes
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(0..=3600))]
     pub drain_grace: u64,
     /// text or json

@@ -73,7 +73,7 @@ impl Executor {
         self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), expert))).await
     }
 
-    /// Takes an expert from the tensor thread, after every batch that was submitted before: each has had its turn by then.
+    /// Takes an expert from the tensor thread. A batch that still waits for it is refused then, as one that comes later.
     pub async fn remove(&self, layer: LayerIdx, id: ExpertId) -> Result<(), tensor_thread::Error> {
         self.thread.run(move |experts| drop(experts.remove(&(layer.0, id.0)))).await
     }
@@ -153,19 +153,47 @@ fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant,
     let _ = pending.answer.send(Answer { outcome, queued, computed });
 }
 
-/// One outcome per batch. Where the group fails as a whole, each batch is tried alone, so that only the one that cannot
-/// be computed is refused.
+/// One outcome per batch. An expert may have gone since a batch was accepted; the batches that need it are refused, the rest
+/// is computed.
 fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
     let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
-    match compute_batches(experts, &batches) {
+    let missing: Vec<Vec<u16>> = batches.iter().map(|batch| missing(experts, batch)).collect();
+    if missing.iter().all(Vec::is_empty) {
+        return compute_held(experts, &batches);
+    }
+    let held = batches.into_iter().zip(&missing).filter(|(_, missing)| missing.is_empty());
+    let held: Vec<&ExpertBatch> = held.map(|(batch, _)| batch).collect();
+    let mut computed = compute_held(experts, &held).into_iter();
+    let outcome = |missing: Vec<u16>| match missing.is_empty() {
+        // There is one for each of them.
+        true => computed.next().unwrap_or_else(|| Err(Refusal::Internal("no outcome".to_owned()))),
+        false => Err(Refusal::NotResident(missing)),
+    };
+    missing.into_iter().map(outcome).collect()
+}
+
+/// The experts of a batch that are not here, ascending.
+fn missing(experts: &Experts, batch: &ExpertBatch) -> Vec<u16> {
+    let absent = |id: &&u16| !experts.contains_key(&(batch.layer, **id));
+    let mut missing: Vec<u16> = batch.expert_ids.iter().filter(absent).copied().collect();
+    missing.sort_unstable();
+    missing.dedup();
+    missing
+}
+
+/// Where the group fails as a whole, each batch is tried alone, so that only the one that cannot be computed is refused.
+fn compute_held(experts: &Experts, batches: &[&ExpertBatch]) -> Vec<Result<Vec<f32>, Refusal>> {
+    match compute_batches(experts, batches) {
         Ok(outputs) => outputs.into_iter().map(Ok).collect(),
         Err(reason) => {
-            tracing::error!(layer = batches[0].layer, batches = batches.len(), reason, "a group could not be computed");
-            if batches.len() == 1 {
+            let layer = batches.first().map_or(0, |batch| batch.layer);
+            tracing::error!(layer, batches = batches.len(), reason, "a group could not be computed");
+            if let [_] = batches {
                 return vec![Err(Refusal::Internal(reason))];
             }
-            let alone = |batch| compute_batches(experts, &[batch]).map(|mut outputs| outputs.swap_remove(0));
-            batches.into_iter().map(|batch| alone(batch).map_err(Refusal::Internal)).collect()
+            let alone =
+                |batch: &&ExpertBatch| compute_batches(experts, &[*batch]).map(|mut outputs| outputs.swap_remove(0));
+            batches.iter().map(|batch| alone(batch).map_err(Refusal::Internal)).collect()
         }
     }
 }
@@ -198,10 +226,21 @@ mod tests {
     }
 
     #[test]
-    fn a_batch_that_cannot_be_computed_takes_no_other_with_it() {
+    fn a_batch_whose_expert_has_gone_is_refused_and_takes_no_other_with_it() {
         let nothing_to_do = pending(vec![]);
-        let outcomes = compute_group(&Experts::new(), &[pending(vec![3]), nothing_to_do]);
-        assert!(matches!(&outcomes[0], Err(Refusal::Internal(reason)) if reason.contains('3')), "{outcomes:?}");
+        let outcomes = compute_group(&Experts::new(), &[pending(vec![9, 3, 9]), nothing_to_do]);
+        assert_eq!(outcomes, [Err(Refusal::NotResident(vec![3, 9])), Ok(vec![])]);
+    }
+
+    #[test]
+    fn a_batch_that_cannot_be_computed_takes_no_other_with_it() {
+        let (mut cannot, nothing_to_do) = (pending(vec![]), pending(vec![]));
+        // More rows than there are values.
+        cannot.batch.rows = 1000;
+        cannot.batch.row_ids = vec![999];
+        cannot.batch.weights = Some(vec![1.0]);
+        let outcomes = compute_held(&Experts::new(), &[&cannot.batch, &nothing_to_do.batch]);
+        assert!(matches!(&outcomes[0], Err(Refusal::Internal(_))), "{outcomes:?}");
         assert_eq!(outcomes[1], Ok(vec![]));
     }
 }

@@ -16,6 +16,7 @@ pub mod executor;
 // The way of an expert.
 pub mod reconciler;
 pub mod reconcile;
+mod failures;
 pub mod loader;
 pub mod residency;
 

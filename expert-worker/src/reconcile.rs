@@ -3,7 +3,8 @@
 //!
 //! - **Load** what the plan gives this worker and it lacks: what nobody in the cluster holds comes first, because streams
 //!   wait for it, and no more than memory allows.
-//! - **Release** what the plan no longer gives it, once that cannot hurt: every router has moved on to this plan, and
+//! - **Release** what the plan no longer gives it, once that cannot hurt: every router has moved on to this plan (or had long
+//!   enough to), and
 //!   every worker that should hold the expert instead holds it and has acted on this plan. The second condition is what
 //!   keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
 //!   gives it until a later one. Where memory is full and more should come, one such holder is enough: two full workers
@@ -44,15 +45,24 @@ pub enum Enough {
     One,
 }
 
+/// Whether routers that have not moved on to the plan hold anything up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Routers {
+    AreWaitedFor,
+    /// They had long enough.
+    HadTheirTime,
+}
+
 /// What of `here` may be let go under `plan`, which gives this worker `assigned`.
 pub fn releasable(
     plan: &Plan,
     assigned: &Residency,
     here: &Residency,
     cluster: &ClusterState,
-    enough: Enough,
+    (enough, routers): (Enough, Routers),
 ) -> Residency {
-    if cluster.routers.values().any(|router| router.plan_version < plan.version) {
+    let lags = || cluster.routers.values().any(|router| router.plan_version < plan.version);
+    if routers == Routers::AreWaitedFor && lags() {
         return Residency::new();
     }
     let surplus = here.iter().filter(|(layer, expert)| !assigned.contains(*layer, *expert));
@@ -95,6 +105,16 @@ pub fn is_handed_over(me: &WorkerId, here: &Residency, cluster: &ClusterState) -
         let planned = plan.map(|plan| plan.holders(layer, expert)).unwrap_or_default();
         cluster.workers.values().any(keeps) && planned.iter().all(|id| cluster.workers.get(id).is_some_and(keeps))
     })
+}
+
+/// How many of the experts `here` nobody holds but this worker, of those that stay. None where nobody stays: then it is the
+/// whole cluster that ends.
+pub fn left_behind(me: &WorkerId, here: &Residency, cluster: &ClusterState) -> usize {
+    let stays = |worker: &&WorkerRecord| worker.id != *me && !cluster.is_leaving(worker);
+    if !cluster.workers.values().any(|worker| stays(&worker)) {
+        return 0;
+    }
+    here.iter().filter(|(layer, expert)| !cluster.holders(*layer, *expert).any(|worker| stays(&worker))).count()
 }
 
 #[cfg(test)]

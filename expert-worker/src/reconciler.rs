@@ -13,22 +13,24 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::failures::Failures;
 use crate::loader::{Error, Weights};
 use crate::metrics::Metrics;
-use crate::reconcile::{self, Enough};
+use crate::reconcile::{self, Enough, Routers};
 use crate::registration::Registration;
 use crate::residency::Resident;
 
 /// How often a growing residency is published while loading.
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
-/// How long to wait before experts that failed are tried again: doubles from the first to the second.
-const RETRY: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
 /// How long an expert that is no longer told to the cluster is still answered for: a router that has not heard by then
 /// is told NOT_RESIDENT, and asks another.
 const RETIRE_GRACE: Duration = Duration::from_secs(2);
 /// While batches are computed, loading rests this many times as long as it worked, and at most that long: it competes
 /// with them for memory bandwidth, and on a CPU for cores.
 const REST: (u32, Duration) = (2, Duration::from_secs(1));
+/// A router that has not moved on to a plan for so long holds up nothing any more: it may be one that cannot read the plan.
+/// What it still asks for is refused, and it asks another.
+const ROUTERS_FOLLOW_WITHIN: Duration = Duration::from_secs(120);
 
 /// Makes what is resident follow the plan.
 #[derive(Debug)]
@@ -40,6 +42,10 @@ pub struct Reconciler<W> {
     budget: Budget,
     /// What the latest plan gives this worker: a plan is long, and pictures come more often than plans.
     assigned: (PlanVersion, Residency),
+    /// Since when that plan is known here.
+    assigned_at: Instant,
+    /// What could not be loaded.
+    failures: Failures,
     /// What retires, and when it is over; soonest first.
     retiring: VecDeque<(Instant, LayerIdx, ExpertId)>,
 }
@@ -53,15 +59,20 @@ pub struct Budget {
     pub bytes: u64,
 }
 
+/// What has come and is not told yet.
+struct News {
+    /// From when on it is to be told.
+    due: Instant,
+    any: bool,
+}
+
 /// How one pass over a plan ended.
 #[derive(Debug, PartialEq, Eq)]
 enum Pass {
-    /// Everything is here.
+    /// Everything is here that could be loaded.
     Done,
     /// Something must wait for memory that is being freed.
     Full,
-    /// Some experts could not be loaded.
-    Failed,
     /// A newer plan, or the end.
     Interrupted,
 }
@@ -85,31 +96,31 @@ impl<W: Weights> Reconciler<W> {
         budget: Budget,
     ) -> Self {
         let assigned = (PlanVersion::NONE, Residency::new());
-        Self { weights, resident, registration, metrics, budget, assigned, retiring: VecDeque::new() }
+        Self {
+            weights,
+            resident,
+            registration,
+            metrics,
+            budget,
+            assigned,
+            assigned_at: Instant::now(),
+            failures: Failures::default(),
+            retiring: VecDeque::new(),
+        }
     }
 
     /// Follows the plan until `stop`. The experts stay where they are then.
     pub async fn run(mut self, mut view: watch::Receiver<Arc<ClusterState>>, stop: CancellationToken) {
-        let mut retry = RETRY.0;
         while !stop.is_cancelled() {
             let state = view.borrow_and_update().clone();
             let pass = match &state.plan {
                 Some(plan) => self.follow(plan, &state, &view, &stop).await,
                 None => Pass::Done,
             };
+            if pass == Pass::Interrupted {
+                continue;
+            }
             let enough = if pass == Pass::Full { Enough::One } else { Enough::All };
-            let again = match pass {
-                Pass::Interrupted => continue,
-                Pass::Failed => {
-                    let pause = retry;
-                    retry = (pause * 2).min(RETRY.1);
-                    Some(Instant::now() + pause)
-                }
-                Pass::Done | Pass::Full => {
-                    retry = RETRY.0;
-                    None
-                }
-            };
             // Loading may have taken long; letting go needs the newest picture, and the plan that was followed.
             let newest = view.borrow().clone();
             match &newest.plan {
@@ -117,8 +128,10 @@ impl<W: Weights> Reconciler<W> {
                 Some(_) => continue,
                 None => {}
             }
-            let next = self.retiring.front().map(|(at, ..)| *at);
-            let wake = again.into_iter().chain(next).min();
+            let gone = self.retiring.front().map(|(at, ..)| *at);
+            // What failed may have no room now: looking for it again and again would not make any.
+            let retry = self.failures.next(&self.assigned.1).map(|at| at.max(Instant::now() + PUBLISH_EVERY));
+            let wake = gone.into_iter().chain(retry).min();
             tokio::select! {
                 biased;
                 () = stop.cancelled() => break,
@@ -140,37 +153,40 @@ impl<W: Weights> Reconciler<W> {
         if self.assigned.0 != plan.version {
             let id = self.registration.record().id;
             self.assigned = (plan.version, plan.assigned_to(&id));
+            self.assigned_at = Instant::now();
         }
         self.revive();
         let here = self.resident.snapshot();
         let lacking = reconcile::lacking(&self.assigned.1, &here.experts, state, self.budget.room(here.bytes));
-        let (started, total) = (Instant::now(), lacking.load.len());
+        let (started, mut loaded) = (Instant::now(), 0);
         // The first expert is published at once: it makes this worker a serving one.
-        let mut publish_at = if here.count == 0 { started } else { started + PUBLISH_EVERY };
-        let mut failed = 0;
+        let mut news = News { due: if here.count == 0 { started } else { started + PUBLISH_EVERY }, any: false };
         for (layer, expert) in lacking.load {
             let newer = view.borrow().plan.as_ref().is_some_and(|newest| newest.version != plan.version);
             if newer || stop.is_cancelled() {
                 self.publish();
                 return Pass::Interrupted;
             }
+            if !self.failures.may_try((layer, expert), Instant::now()) {
+                continue;
+            }
             let now = view.borrow().clone();
-            if let Err(error) = self.bring(layer, expert, &now).await {
-                failed += 1;
-                self.metrics.load_failures.inc();
-                tracing::error!(%layer, %expert, %error, "an expert could not be loaded");
-            } else if Instant::now() >= publish_at {
-                self.publish();
-                publish_at = Instant::now() + PUBLISH_EVERY;
+            match self.bring((layer, expert), &now, &mut news, stop).await {
+                Ok(()) => {
+                    loaded += 1;
+                    self.failures.succeeded((layer, expert));
+                }
+                Err(error) => {
+                    self.failures.failed((layer, expert), Instant::now());
+                    self.metrics.load_failures.inc();
+                    tracing::error!(%layer, %expert, %error, "an expert could not be loaded");
+                }
             }
         }
         self.publish();
         // Also where something is missing: what is here stays for as long as this plan is in force, so others may let go of
         // it. Two full workers would otherwise wait for each other for ever.
         let is_news = self.registration.acted_on(plan.version);
-        if failed > 0 {
-            return Pass::Failed;
-        }
         if lacking.too_many > 0 {
             if self.retiring.is_empty() {
                 let (experts, budget) = (lacking.too_many, self.budget.bytes);
@@ -180,17 +196,34 @@ impl<W: Weights> Reconciler<W> {
         }
         if is_news {
             let (resident, seconds) = (self.resident.snapshot().count, started.elapsed().as_secs_f64());
-            tracing::info!(plan = %plan.version, loaded = total, resident, seconds, "experts follow the plan");
+            tracing::info!(plan = %plan.version, loaded, resident, seconds, "experts follow the plan");
         }
         Pass::Done
     }
 
-    /// One expert: mapped, then on the tensor thread, then said to be here.
-    async fn bring(&self, layer: LayerIdx, id: ExpertId, state: &ClusterState) -> Result<(), Error> {
+    /// One expert: read, then on the tensor thread, then said to be here. What came before it is told meanwhile.
+    async fn bring(
+        &self,
+        (layer, id): (LayerIdx, ExpertId),
+        state: &ClusterState,
+        news: &mut News,
+        stop: &CancellationToken,
+    ) -> Result<(), Error> {
         let (started, batches) = (Instant::now(), self.weights.batches());
-        self.weights.bring(layer, id).await?;
+        let mut bringing = std::pin::pin!(self.weights.bring(layer, id));
+        loop {
+            tokio::select! {
+                biased;
+                brought = &mut bringing => break brought?,
+                // A file system that hangs must not hold up the end.
+                () = stop.cancelled() => return Ok(()),
+                () = tokio::time::sleep_until(news.due), if news.any => self.tell(news),
+            }
+        }
         self.resident.insert(layer, id, self.budget.expert_bytes);
         let took = started.elapsed();
+        news.any = true;
+        self.tell_if_due(news);
         self.metrics.load_seconds.observe(took.as_secs_f64());
         if !self.registration.is_measured() {
             match self.weights.measure(layer, id).await {
@@ -201,9 +234,25 @@ impl<W: Weights> Reconciler<W> {
         // Streams may be waiting for an expert that nobody else has: then there is nothing to be gentle with.
         let wanted_now = !reconcile::is_served(state, layer, id);
         if self.weights.batches() > batches && !wanted_now {
-            tokio::time::sleep((took * REST.0).min(REST.1)).await;
+            let rest = (took * REST.0).min(REST.1);
+            // Never beyond when the cluster is to hear of it.
+            let until = (Instant::now() + rest).min(news.due.max(Instant::now()));
+            stop.run_until_cancelled(tokio::time::sleep_until(until)).await;
+            self.tell_if_due(news);
+            stop.run_until_cancelled(tokio::time::sleep_until(started + took + rest)).await;
         }
         Ok(())
+    }
+
+    fn tell(&self, news: &mut News) {
+        self.publish();
+        *news = News { due: Instant::now() + PUBLISH_EVERY, any: false };
+    }
+
+    fn tell_if_due(&self, news: &mut News) {
+        if news.any && news.due <= Instant::now() {
+            self.tell(news);
+        }
     }
 
     /// What retires and is wanted again need not be loaded.
@@ -217,14 +266,19 @@ impl<W: Weights> Reconciler<W> {
     /// Retires what may go, and drops what retired long enough ago.
     async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) {
         let now = Instant::now();
+        self.failures.forget(now);
         // Without the store this picture may be old: whoever should have an expert may be gone by now.
         let is_current = self.registration.is_registered();
+        let routers = match self.assigned_at.elapsed() < ROUTERS_FOLLOW_WITHIN {
+            true => Routers::AreWaitedFor,
+            false => Routers::HadTheirTime,
+        };
         while let Some((_, layer, expert)) = self.retiring.front().copied().filter(|(at, ..)| *at <= now) {
             self.retiring.pop_front();
             let it = Residency::from_iter([(layer, expert)]);
             if !is_current {
                 self.retiring.push_back((now + RETIRE_GRACE, layer, expert));
-            } else if reconcile::releasable(plan, &self.assigned.1, &it, state, Enough::One).is_empty() {
+            } else if reconcile::releasable(plan, &self.assigned.1, &it, state, (Enough::One, routers)).is_empty() {
                 // Whoever had it has gone meanwhile.
                 self.resident.revive(layer, expert);
             } else {
@@ -236,7 +290,7 @@ impl<W: Weights> Reconciler<W> {
         }
         if is_current {
             let here = self.resident.snapshot();
-            let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state, enough);
+            let goes = reconcile::releasable(plan, &self.assigned.1, &here.experts, state, (enough, routers));
             for (layer, expert) in goes.iter() {
                 self.resident.retire(layer, expert);
                 self.retiring.push_back((now + RETIRE_GRACE, layer, expert));
@@ -252,7 +306,7 @@ impl<W: Weights> Reconciler<W> {
         let snapshot = self.resident.snapshot();
         self.metrics.resident_experts.set(i64::try_from(snapshot.count).unwrap_or(i64::MAX));
         self.metrics.resident_bytes.set(snapshot.bytes);
-        self.registration.hold(&snapshot.experts);
+        self.registration.hold(&snapshot.experts, self.failures.told());
     }
 }
 

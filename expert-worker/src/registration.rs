@@ -41,10 +41,11 @@ impl Registration {
         self.current.lock().record.clone()
     }
 
-    /// Says what is resident. The first expert makes a starting worker a serving one.
-    pub fn hold(&self, resident: &Residency) {
+    /// Says what is resident, and what could not be loaded. The first expert makes a starting worker a serving one.
+    pub fn hold(&self, resident: &Residency, failing: Residency) {
         let _ = self.update(|record| {
             record.resident.clone_from(resident);
+            record.failing = failing;
             if record.state == WorkerState::Starting && !resident.is_empty() {
                 record.state = WorkerState::Serving;
             }

@@ -82,12 +82,15 @@ pub struct Expert {
 }
 
 impl Expert {
-    /// Maps expert `expert` of layer `layer`, and nothing else of the checkpoint.
+    /// Maps expert `expert` of layer `layer`, and nothing else of the checkpoint, and reads it: on this thread, so that the one
+    /// that computes does not wait for a disk.
     pub fn load(checkpoint: &Checkpoint, layer: u32, expert: u32, compute: Compute) -> Result<Self, checkpoint::Error> {
         let config: &ModelConfig = checkpoint.config();
         let name = format!("model.layers.{layer}.mlp.experts.{expert}");
         let (hidden, inner) = (config.hidden_size, config.moe_intermediate_size);
-        Ok(Self { mlp: Mlp::load(checkpoint, &name, hidden, inner, compute)?, compute, hidden })
+        let mlp = Mlp::load(checkpoint, &name, hidden, inner, compute)?;
+        [&mlp.gate, &mlp.up, &mlp.down].into_iter().for_each(Linear::fetch);
+        Ok(Self { mlp, compute, hidden })
     }
 
     /// D.

@@ -57,6 +57,11 @@ impl Linear {
         Ok(Self::new(weight, bias, compute))
     }
 
+    /// Reads the weight's pages now, see [`Weight::fetch`].
+    pub(crate) fn fetch(&self) {
+        self.weight.fetch();
+    }
+
     pub(crate) fn new(weight: Stored, bias: Option<Weight>, compute: Compute) -> Self {
         let place = |weight: Weight| weight.to(compute.kind(), compute.torch_device());
         let weight = match weight {

@@ -3,8 +3,10 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::time::Duration;
 
 use tokio::net::UnixListener;
+use tokio::time::{Instant, sleep};
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_stream::{Stream, StreamExt};
 use tonic::transport::server::TcpIncoming;
@@ -57,10 +59,42 @@ impl Listener {
     pub fn incoming(self) -> Pin<Box<dyn Stream<Item = std::io::Result<Socket>> + Send>> {
         let tcp = self.incoming.map(|accepted| accepted.map(Socket::Tcp));
         match self.local.map(UnixListenerStream::new) {
-            Some(local) => Box::pin(tcp.merge(local.map(|accepted| accepted.map(Socket::Local)))),
-            None => Box::pin(tcp),
+            Some(local) => Box::pin(rested(tcp.merge(local.map(|accepted| accepted.map(Socket::Local))))),
+            None => Box::pin(rested(tcp)),
         }
     }
+}
+
+/// What a listener waits when there is nothing to accept a connection with.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(50);
+/// How often that is said.
+const EXHAUSTED_TOLD_EVERY: Duration = Duration::from_secs(5);
+
+/// A connection that cannot be accepted for want of descriptors or memory stays in the kernel's queue and fails again at once:
+/// without a rest the thread would do nothing else, and it has other connections to serve.
+fn rested<S: Send>(
+    accepted: impl Stream<Item = std::io::Result<S>> + Send,
+) -> impl Stream<Item = std::io::Result<S>> + Send {
+    let mut told: Option<Instant> = None;
+    futures::StreamExt::then(accepted, move |accepted| {
+        let exhausted = accepted.as_ref().err().is_some_and(is_exhaustion);
+        if exhausted && told.is_none_or(|told| told.elapsed() >= EXHAUSTED_TOLD_EVERY) {
+            told = Some(Instant::now());
+            tracing::warn!("no descriptors or memory for another connection");
+        }
+        async move {
+            if exhausted {
+                sleep(EXHAUSTED_PAUSE).await;
+            }
+            accepted
+        }
+    })
+}
+
+fn is_exhaustion(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let exhausted = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    error.raw_os_error().is_some_and(|code| exhausted.iter().any(|errno| errno.raw_os_error() == code))
 }
 
 /// How tokio is told of the abstract socket `name`: by a path that begins with a zero byte.
@@ -87,6 +121,16 @@ pub fn reachable(bound: SocketAddr) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_listener_without_descriptors_rests_between_attempts() {
+        let fails = || Err::<(), _>(std::io::Error::from_raw_os_error(rustix::io::Errno::MFILE.raw_os_error()));
+        let other = Err(std::io::Error::other("another"));
+        let (started, accepted) = (Instant::now(), tokio_stream::iter([fails(), fails(), other, Ok(())]));
+        let accepted: Vec<_> = futures::StreamExt::collect(rested(accepted)).await;
+        assert_eq!(accepted.iter().map(Result::is_ok).collect::<Vec<_>>(), [false, false, false, true]);
+        assert_eq!(started.elapsed(), 2 * EXHAUSTED_PAUSE, "only for those");
+    }
 
     #[tokio::test]
     async fn a_taken_port_is_named_in_the_error() {

@@ -83,7 +83,8 @@ fn only_what_is_lacking_is_loaded_and_only_while_memory_lasts() {
 fn let_go(b: WorkerRecord, routed: u64) -> bool {
     let plan = plan(2, &[&["b"]]);
     let state = cluster(vec![worker("a", 2, &[0]), b], plan.clone(), routed);
-    releasable(&plan, &Residency::new(), &residency(&[0]), &state, Enough::All) == residency(&[0])
+    releasable(&plan, &Residency::new(), &residency(&[0]), &state, (Enough::All, Routers::AreWaitedFor))
+        == residency(&[0])
 }
 
 #[test]
@@ -101,7 +102,7 @@ fn one_of_several_holders_is_enough_where_memory_is_full() {
     let plan = plan(2, &[&["b", "c"]]);
     let let_go = |c: WorkerRecord, enough| {
         let state = cluster(vec![worker("a", 2, &[0]), worker("b", 2, &[]), c], plan.clone(), 2);
-        !releasable(&plan, &Residency::new(), &residency(&[0]), &state, enough).is_empty()
+        !releasable(&plan, &Residency::new(), &residency(&[0]), &state, (enough, Routers::AreWaitedFor)).is_empty()
     };
     assert!(!let_go(worker("c", 2, &[0]), Enough::All), "b lacks it");
     assert!(let_go(worker("c", 2, &[0]), Enough::One));
@@ -113,7 +114,9 @@ fn one_of_several_holders_is_enough_where_memory_is_full() {
 fn an_expert_that_is_planned_nowhere_stays() {
     let plan = plan(2, &[&[]]);
     let state = cluster(vec![worker("a", 2, &[0])], plan.clone(), 2);
-    assert!(releasable(&plan, &Residency::new(), &residency(&[0]), &state, Enough::All).is_empty());
+    assert!(
+        releasable(&plan, &Residency::new(), &residency(&[0]), &state, (Enough::All, Routers::AreWaitedFor)).is_empty()
+    );
 }
 
 #[test]
@@ -160,7 +163,7 @@ proptest! {
                 if me == owner {
                     mine.resident.insert(LAYER, ExpertId(0));
                 } else {
-                    for (layer, expert) in releasable(&plan, &assigned, &mine.resident.clone(), &state, Enough::One).iter() {
+                    for (layer, expert) in releasable(&plan, &assigned, &mine.resident.clone(), &state, (Enough::One, Routers::AreWaitedFor)).iter() {
                         mine.resident.remove(layer, expert);
                     }
                 }
@@ -171,4 +174,23 @@ proptest! {
             prop_assert!(holds(0) || holds(1), "nobody holds it after plan {}", version);
         }
     }
+}
+
+#[test]
+fn a_worker_that_must_go_knows_what_it_leaves_behind() {
+    let cluster = |workers| cluster(workers, plan(2, &[&["a"], &["a"]]), 2);
+    let me = WorkerId::parse("a").unwrap();
+    let here = residency(&[0, 1]);
+    assert_eq!(left_behind(&me, &here, &cluster(vec![worker("a", 2, &[0, 1]), worker("b", 2, &[1])])), 1);
+    assert_eq!(left_behind(&me, &here, &cluster(vec![worker("a", 2, &[0, 1]), worker("b", 2, &[0, 1])])), 0);
+    assert_eq!(left_behind(&me, &here, &cluster(vec![worker("a", 2, &[0, 1])])), 0, "everybody leaves");
+}
+
+#[test]
+fn a_router_that_never_follows_had_its_time() {
+    let plan = plan(2, &[&["b"]]);
+    let state = cluster(vec![worker("a", 2, &[0]), worker("b", 2, &[0])], plan.clone(), 1);
+    let released = |routers| releasable(&plan, &Residency::new(), &residency(&[0]), &state, (Enough::All, routers));
+    assert!(released(Routers::AreWaitedFor).is_empty());
+    assert_eq!(released(Routers::HadTheirTime), residency(&[0]));
 }

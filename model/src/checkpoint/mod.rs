@@ -21,6 +21,7 @@ pub(crate) use stored::Stored;
 pub use weight::Weight;
 
 use crate::config::{Fp8Blocks, ModelConfig};
+use crate::device::{Compute, Device};
 use layout::Expected;
 use safetensors::{Files, Located};
 
@@ -120,6 +121,22 @@ impl Checkpoint {
         let Some(layer) = self.config.moe_layers().next() else { return 0 };
         let bytes = |name: &str| self.files.tensors.get(name).map_or(0, |located| located.bytes);
         layout::expert_weights(layer, 0).iter().map(|name| bytes(name) + bytes(&layout::scales_of(name))).sum()
+    }
+
+    /// Bytes that one routed expert takes where it is computed as `compute` says; as [`Self::expert_bytes`] for one that is read
+    /// as stored. On the processor BF16 and FP8 are; what else there is becomes numbers of the computation.
+    pub fn resident_expert_bytes(&self, compute: Compute) -> u64 {
+        let Some(layer) = self.config.moe_layers().next() else { return 0 };
+        let value = compute.kind().elt_size_in_bytes() as u64;
+        let bytes = |name: &String| {
+            let Some(located) = self.files.tensors.get(name) else { return 0 };
+            let scales = self.files.tensors.get(&layout::scales_of(name)).map_or(0, |located| located.bytes);
+            match (compute.device, located.dtype) {
+                (Device::Cpu, Dtype::BF16 | Dtype::F8_E4M3) => located.bytes + scales,
+                _ => located.shape.iter().map(|dim| *dim as u64).product::<u64>() * value,
+            }
+        };
+        layout::expert_weights(layer, 0).iter().map(bytes).sum()
     }
 
     /// Stored bytes of all tensors that the model uses.

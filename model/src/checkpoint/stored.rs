@@ -20,6 +20,13 @@ pub(crate) enum Stored {
 }
 
 impl Stored {
+    /// Reads its pages now, see [`Weight::fetch`].
+    pub(crate) fn fetch(&self) {
+        match self {
+            Self::Plain(weight) | Self::Fp8 { codes: weight, .. } => weight.fetch(),
+        }
+    }
+
     /// Another hold on the same memory.
     pub(crate) fn share(&self) -> Self {
         match self {

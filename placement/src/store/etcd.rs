@@ -29,6 +29,8 @@ use super::{
 /// How long any call may take. etcd's own elections take about one second.
 pub const CALL_TIMEOUT: Duration = Duration::from_secs(3);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long one of several addresses may take for a call that may go to another: a member that hangs must not cost a lease.
+const ADDRESS_TIMEOUT: Duration = Duration::from_secs(1);
 /// etcd answers pings that come more often than every 5 s with GOAWAY, so these come a little less often.
 const PING_EVERY: Duration = Duration::from_secs(6);
 const PING_TIMEOUT: Duration = Duration::from_secs(2);
@@ -114,9 +116,12 @@ impl EtcdStore {
         F: Future<Output = Outcome<T>>,
     {
         let deadline = Instant::now() + CALL_TIMEOUT;
-        for _ in 1..self.endpoints.len() {
-            match self.attempt(call, deadline, &run).await {
-                Err(Error::Unavailable { message, .. }) => tracing::debug!(call, message, "asking the next address"),
+        for left in (2..=self.endpoints.len()).rev() {
+            let share = (deadline.saturating_duration_since(Instant::now()) / left as u32).min(ADDRESS_TIMEOUT);
+            match self.attempt(call, Instant::now() + share, &run).await {
+                Err(error @ (Error::Unavailable { .. } | Error::Timeout { .. })) => {
+                    tracing::debug!(call, %error, "asking the next address");
+                }
                 answer => return answer,
             }
         }

@@ -335,6 +335,7 @@ async fn an_expert_that_moved_away_is_let_go_and_can_come_back() {
     cluster.plan(3, &[0, 1]).await;
     cluster.until_told(&[0, 1]).await;
     assert!(matches!(stream.ask(batch(1001, 1, &[(0, 1)])).await, Outcome::Returned(_)));
+    cluster.other_holds(&[0, 1], 3).await;
     shutdown.begin();
     worker.run(&shutdown).await.unwrap();
 }

@@ -3,9 +3,10 @@
 //! In: bytes from the store, which anybody with access may have written. Out: the types of `state` and `plan`, or an
 //! error that names the message and the field. Never here: a panic, or memory out of proportion to the input.
 
+mod plan;
 mod router;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,18 +15,16 @@ use prost::Message;
 
 use crate::ids::{Incarnation, InvalidName, LayerIdx, PlanVersion, RouterId, WorkerId};
 use crate::load::Load;
-use crate::plan::{PastPlan, Plan};
 use crate::state::{
     DrainOrder, ExpertSet, LeaderRecord, LocalSocket, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState,
 };
 
-/// The largest value that is decoded. The largest honest one, a plan for DeepSeek-V3 with three replicas, is a quarter.
-pub(crate) const MAX_VALUE: usize = 4 << 20;
+/// The largest value there may be. etcd takes requests of at most 1.5 MiB, and a plan travels with its place in the history.
+pub(crate) const MAX_VALUE: usize = 1 << 20;
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1024;
 /// What an [`crate::ids::ExpertId`] can count.
 const MAX_EXPERTS: usize = 1 << 16;
-const MAX_REPLICAS: usize = 1024;
 const MAX_TEXT: usize = 1024;
 
 /// A value that does not say what it should.
@@ -268,96 +267,6 @@ impl DrainOrder {
         let message: pb::DrainOrder = parse("DrainOrder", bytes)?;
         Ok(Self { incarnation: incarnation("DrainOrder.incarnation", message.incarnation)? })
     }
-}
-
-impl PastPlan {
-    /// As a value of the store.
-    pub fn encode(&self) -> Bytes {
-        let plan = Some(self.plan.to_message());
-        pb::PastPlan { plan, author: self.author.clone(), written_unix_ms: self.written_unix_ms }.encode_to_vec().into()
-    }
-
-    /// From a value of the store.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        let message: pb::PastPlan = parse("PastPlan", bytes)?;
-        let plan = message.plan.ok_or_else(|| wrong("PastPlan.plan", "is not there"))?;
-        Ok(Self {
-            plan: Plan::from_message(plan)?,
-            author: text("PastPlan.author", message.author)?,
-            written_unix_ms: message.written_unix_ms,
-        })
-    }
-}
-
-impl Plan {
-    /// As a value of the store.
-    pub fn encode(&self) -> Bytes {
-        self.to_message().encode_to_vec().into()
-    }
-
-    fn to_message(&self) -> pb::Plan {
-        let layers = self.layers.iter().map(|(layer, experts)| pb::LayerPlan {
-            layer: layer.0,
-            experts: experts
-                .iter()
-                .map(|holders| pb::Replicas { workers: holders.iter().map(ToString::to_string).collect() })
-                .collect(),
-        });
-        pb::Plan {
-            version: self.version.0,
-            parent: self.parent.0,
-            policy: self.policy.clone(),
-            reason: self.reason.clone(),
-            layers: layers.collect(),
-        }
-    }
-
-    /// From a value of the store. A worker's name is kept once, however many experts it holds.
-    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        Self::from_message(parse("Plan", bytes)?)
-    }
-
-    fn from_message(message: pb::Plan) -> Result<Self, DecodeError> {
-        if message.version == 0 || message.parent >= message.version {
-            let problem = format!("{} does not follow its parent {}", message.version, message.parent);
-            return Err(wrong("Plan.version", problem));
-        }
-        at_most("Plan.layers", message.layers.len(), MAX_LAYERS)?;
-        let mut names = HashMap::new();
-        let mut layers = BTreeMap::new();
-        for layer in message.layers {
-            at_most("Plan.layers.experts", layer.experts.len(), MAX_EXPERTS)?;
-            let experts = layer.experts.into_iter().map(|replicas| holders(replicas, &mut names));
-            let experts = experts.collect::<Result<Vec<_>, _>>()?;
-            if layers.insert(LayerIdx(layer.layer), experts).is_some() {
-                return Err(wrong("Plan.layers", format!("names layer {} twice", layer.layer)));
-            }
-        }
-        Ok(Self {
-            version: PlanVersion(message.version),
-            parent: PlanVersion(message.parent),
-            policy: text("Plan.policy", message.policy)?,
-            reason: text("Plan.reason", message.reason)?,
-            layers,
-        })
-    }
-}
-
-fn holders(replicas: pb::Replicas, names: &mut HashMap<String, WorkerId>) -> Result<Vec<WorkerId>, DecodeError> {
-    at_most("Plan.layers.experts.workers", replicas.workers.len(), MAX_REPLICAS)?;
-    let mut holders = Vec::with_capacity(replicas.workers.len());
-    for name in replicas.workers {
-        let worker = match names.get(&name) {
-            Some(worker) => worker.clone(),
-            None => {
-                let worker = named("Plan.layers.experts.workers", WorkerId::parse(&name))?;
-                names.insert(name, worker.clone());
-                worker
-            }
-        };
-        holders.push(worker);
-    }
-    Ok(holders)
 }
 
 #[cfg(test)]

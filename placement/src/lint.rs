@@ -44,7 +44,7 @@ impl fmt::Display for Note {
 /// Everything that can be found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Rule {
-    /// A plan must come after its parent.
+    /// A plan must be the next after its parent. One without a parent may begin anywhere: a store may have lost its plan.
     Parent { version: PlanVersion, parent: PlanVersion },
     /// A plan must be made from the one before it, or it undoes what another leader did.
     Orphan { parent: PlanVersion, previous: PlanVersion },
@@ -54,9 +54,9 @@ pub enum Rule {
     UnknownLayer { layer: LayerIdx },
     /// A layer with more or fewer experts than the model has.
     ExpertCount { layer: LayerIdx, planned: usize, experts: u32 },
-    /// An expert with no holder at all.
+    /// An expert without a holder that lives and stays.
     Unplaced { layer: LayerIdx, expert: ExpertId },
-    /// Fewer holders than wanted though a worker has room.
+    /// Fewer holders that live and stay than wanted though a worker has room.
     TooFewReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, wanted: usize },
     /// More holders than wanted, and than the layer's redundant copies could account for.
     TooManyReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, most: usize },
@@ -88,7 +88,7 @@ pub enum Fate {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Parent { version, parent } => write!(f, "plan {version} does not come after its parent {parent}"),
+            Self::Parent { version, parent } => write!(f, "plan {version} is not the next after its parent {parent}"),
             Self::Orphan { parent, previous } => write!(f, "the plan was made from {parent}, not from {previous}"),
             Self::MissingLayer { layer } => write!(f, "layer {layer} has routed experts and no plan"),
             Self::UnknownLayer { layer } => write!(f, "layer {layer} is planned and has no routed experts"),
@@ -147,7 +147,8 @@ impl Rule {
 /// `previous` is not held against it.
 pub fn lint(plan: &Plan, problem: &Problem<'_>, previous: Option<&Plan>) -> Vec<Note> {
     let mut rules = Vec::new();
-    if plan.parent >= plan.version {
+    let next = plan.parent.0.checked_add(1) == Some(plan.version.0);
+    if !next && (plan.parent != PlanVersion::NONE || plan.version == PlanVersion::NONE) {
         rules.push(Rule::Parent { version: plan.version, parent: plan.parent });
     }
     if let Some(previous) = previous.filter(|previous| previous.version != plan.parent) {
@@ -280,18 +281,21 @@ fn experts(plan: &Plan, problem: &Problem<'_>, held: &Held<'_>, rules: &mut Vec<
         if let Some((_, worker)) = twice {
             rules.push(Rule::DuplicateHolder { layer, expert, worker: worker.clone() });
         }
-        let count = holders.len();
-        if count == 0 {
+        let most = wanted + problem.redundant as usize;
+        if holders.len() > most {
+            rules.push(Rule::TooManyReplicas { layer, expert, holders: holders.len(), most });
+        }
+        // Who is dead or leaving holds nothing.
+        let mut holders: Vec<usize> = holders.iter().filter_map(|id| live.get(id).copied()).collect();
+        holders.sort_unstable();
+        holders.dedup();
+        if holders.is_empty() {
             rules.push(Rule::Unplaced { layer, expert });
         }
-        if count < wanted && open.iter().any(|at| !holders.contains(&problem.workers[*at].id)) {
-            rules.push(Rule::TooFewReplicas { layer, expert, holders: count, wanted });
+        let able = |at: &usize| !holders.contains(at) && !problem.workers[*at].failing.contains(layer, expert);
+        if holders.len() < wanted && open.iter().any(able) {
+            rules.push(Rule::TooFewReplicas { layer, expert, holders: holders.len(), wanted });
         }
-        let most = wanted + problem.redundant as usize;
-        if count > most {
-            rules.push(Rule::TooManyReplicas { layer, expert, holders: count, most });
-        }
-        let holders: Vec<usize> = holders.iter().filter_map(|id| live.get(id).copied()).collect();
         let shared = fates.shared.then(|| shared_fate(&fates, &holders, &open, wanted)).flatten();
         rules.extend(shared.map(|fate| Rule::SharedFate { layer, expert, fate }));
     }
@@ -349,7 +353,10 @@ mod tests {
             policy: "test".into(),
             reason: "test".into(),
             layers: BTreeMap::from([
-                (LayerIdx(1), vec![holders(&["a", "b"]), holders(&["b", "b"]), holders(&["a"]), vec![]]),
+                (
+                    LayerIdx(1),
+                    vec![holders(&["a", "b"]), holders(&["b", "b"]), holders(&["a"]), vec![], holders(&["dead"])],
+                ),
                 (LayerIdx(3), vec![holders(&["a", "b", "c", "d", "dead"])]),
             ]),
         };
@@ -357,11 +364,14 @@ mod tests {
         let notes = lint(&plan, &problem, Some(&previous));
         let said: Vec<String> = notes.iter().map(|note| note.rule.to_string()).collect();
         for sentence in [
-            "plan 3 does not come after its parent 3",
+            "plan 3 is not the next after its parent 3",
             "layer 2 has routed experts and no plan",
             "layer 3 is planned and has no routed experts",
             "a should hold 3 experts and has room for 2",
-            "dead should hold 1 experts and is not there, or is leaving",
+            "layer 1 plans 5 experts, the model has 4",
+            "dead should hold 2 experts and is not there, or is leaving",
+            "expert 4 of layer 1 has no holder",
+            "expert 4 of layer 1 has 0 of 2 holders though there is room",
             "expert 3 of layer 1 has no holder",
             "expert 1 of layer 1 names b twice",
             "expert 2 of layer 1 has 1 of 2 holders though there is room",

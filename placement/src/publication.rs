@@ -13,6 +13,8 @@ use crate::store::{CasOutcome, Error as StoreError, Expected, Store};
 
 /// Past plans that are kept.
 pub const REMEMBERED: u64 = 32;
+/// Older ones that are deleted with each plan though they should be gone.
+const FORGOTTEN_AGAIN: u64 = 3;
 
 /// Why a plan was not published.
 #[derive(Debug, thiserror::Error)]
@@ -67,8 +69,10 @@ async fn remember(store: &dyn Store, keys: &Keys, plan: &Plan, author: &str) -> 
     let written_unix_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
     let past = PastPlan { plan: plan.clone(), author: author.to_owned(), written_unix_ms };
     store.put(&keys.past_plan(plan.version), past.encode(), None).await?;
-    if let Some(oldest) = plan.version.0.checked_sub(REMEMBERED).filter(|version| *version > 0) {
-        store.delete(&keys.past_plan(PlanVersion(oldest))).await?;
+    // Not the last one alone: one that could not be deleted then goes now.
+    let forgotten = plan.version.0.saturating_sub(REMEMBERED);
+    for version in forgotten.saturating_sub(FORGOTTEN_AGAIN).max(1)..=forgotten {
+        store.delete(&keys.past_plan(PlanVersion(version))).await?;
     }
     Ok(())
 }

@@ -28,12 +28,30 @@ pub fn faults<'a>(
     }
     let mut likeliest = None;
     for moment in moments {
-        match mistake(&judged(scenario, plan, previous, &candidates(moment))) {
+        let workers = candidates(moment);
+        if workers.is_empty() {
+            // Of nobody no plan is made.
+            continue;
+        }
+        let abandoned = fits(scenario, &workers).then(|| abandoned(plan, &workers)).flatten();
+        let mistake = abandoned.or_else(|| mistake(&judged(scenario, plan, previous, &workers)));
+        match mistake {
             None => return None,
             Some(mistake) => likeliest = likeliest.or(Some(mistake)),
         }
     }
-    likeliest.map(|mistake| format!("plan {}: {mistake}", plan.version))
+    let mistake = likeliest.unwrap_or_else(|| "there was never a worker to make it of".to_owned());
+    Some(format!("plan {}: {mistake}", plan.version))
+}
+
+/// An expert that a plan takes from everybody who lives, though somebody has it and there is room for one of each. Not the linter's opinion, which the planner
+/// shares.
+fn abandoned(plan: &Plan, workers: &[PlannerWorker]) -> Option<String> {
+    let lives = |id: &WorkerId| workers.iter().any(|worker| worker.id == *id);
+    plan.iter().find_map(|(layer, expert, holders)| {
+        let has = workers.iter().find(|worker| worker.resident.contains(layer, expert))?;
+        (!holders.iter().any(lives)).then(|| format!("{layer}/{expert} is nobody's that lives, and {} has it", has.id))
+    })
 }
 
 fn judged(scenario: &Scenario, plan: &Plan, previous: Option<&Plan>, workers: &[PlannerWorker]) -> Vec<Note> {

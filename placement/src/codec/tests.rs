@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::ExpertId;
+use crate::plan::{PastPlan, Plan};
 use crate::state::RouterRecord;
 
 fn worker_id() -> impl Strategy<Value = WorkerId> {

@@ -14,8 +14,8 @@ use conclave_placement::{
 use conclave_proto::inference::v1::{GenerateRequest, SamplingParams};
 use conclave_tests::{
     client::{greedy, sampled},
-    cluster::Cluster,
-    drill::{Aim, Drill},
+    cluster::{Cluster, held_everywhere},
+    drill::{Aim, Drill, Form},
     load::Work,
 };
 
@@ -94,7 +94,9 @@ fn version(cluster: &Cluster) -> PlanVersion {
 #[tokio::test]
 async fn a_skewed_load_is_spread() {
     let _alone = scene::alone().await;
-    let balancing = ["--rebalance-period=10", "--rebalance-below=0", "--load-window=6", "--redundant-experts=4"];
+    // Longer than the drill runs undisturbed.
+    let period = Form::asked_for().pick("--rebalance-period=10", "--rebalance-period=40");
+    let balancing = [period, "--rebalance-below=0", "--load-window=6", "--redundant-experts=4"];
     let cluster = scene::builder(4, 1).router(&balancing).start().await;
     let token = favourite(&cluster).await;
     let mut requests: Vec<GenerateRequest> = (1..7).map(|nth| hot(token, 4 * nth, 100)).collect();
@@ -138,7 +140,7 @@ async fn experts_are_moved_again_and_again() {
     let rounds = drill.form().pick(4, 20);
     drill.fault();
     for _ in 0..rounds {
-        turn(&cluster).await;
+        assert!(turn(&cluster).await, "another plan came first");
         cluster.until("the workers to have done it", settled).await;
         drill.flows(200).await;
     }
@@ -147,8 +149,42 @@ async fn experts_are_moved_again_and_again() {
     drill.end().await;
 }
 
-/// Publishes a plan by which each worker holds what its neighbour held.
-async fn turn(cluster: &Cluster) {
+/// Two who rebalance at once, each from what it last saw: one plan wins each time, and no expert is ever nobody's.
+#[tokio::test]
+async fn two_rebalance_at_once() {
+    let _alone = scene::alone().await;
+    let cluster = scene::builder(4, 2).routers(2).router(&["--rebalance-period=0"]).start().await;
+    let mut drill = scene::begin(Aim::unnoticed("13", "two write plans at once, again and again", 2), &cluster).await;
+    let mut changes = cluster.changes();
+    let watched = tokio::spawn(async move {
+        let mut abandoned = 0;
+        while changes.changed().await.is_ok() {
+            let state = changes.borrow_and_update().clone();
+            abandoned += usize::from(!held_everywhere(&state, 1));
+        }
+        abandoned
+    });
+    let rounds = drill.form().pick(4, 20);
+    drill.fault();
+    let mut conflicts = 0;
+    for _ in 0..rounds {
+        let (one, other) = tokio::join!(turn(&cluster), turn(&cluster));
+        conflicts += usize::from(!one) + usize::from(!other);
+        cluster.until("the workers to have done it", settled).await;
+        drill.flows(200).await;
+    }
+    drill.over();
+    drill.note("plans", rounds);
+    drill.note("conflicts", conflicts);
+    drill.end().await;
+    drop(cluster);
+    let abandoned = watched.await.expect("a watch does not panic");
+    assert_eq!(abandoned, 0, "states in which an expert was nobody's");
+    assert!(conflicts >= rounds, "of two plans with one parent only one can be in force");
+}
+
+/// Publishes a plan by which each worker holds what its neighbour held. False where another plan came first.
+async fn turn(cluster: &Cluster) -> bool {
     let key = cluster.keys.plan();
     let entry = cluster.store.get(&key).await.expect("the store answers").expect("a plan");
     let plan = Plan::decode(&entry.value).expect("a plan");
@@ -167,10 +203,10 @@ async fn turn(cluster: &Cluster) {
     };
     let expected = Expected::ModRevision(entry.mod_revision);
     let stored = cluster.store.compare_and_put(&key, expected, plan.encode(), None).await.expect("the store answers");
-    assert!(matches!(stored, CasOutcome::Stored { .. }), "another plan came first");
     cluster
         .until("the plan to be seen", |state| state.plan.as_ref().is_some_and(|seen| seen.version >= plan.version))
         .await;
+    matches!(stored, CasOutcome::Stored { .. })
 }
 
 /// Who holds the experts that rows go to, and how many rows a minute those are.

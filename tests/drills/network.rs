@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
+use conclave_placement::state::ClusterState;
 use conclave_tests::{
     chaos::{Fault, Proxy, Way},
-    cluster::Cluster,
+    cluster::{Cluster, held_everywhere, worker_id},
     drill::Aim,
     vitals::Vitals,
 };
@@ -42,6 +43,47 @@ async fn answers_alone_are_lost() {
         Fault::Hole(Way::ToRouter),
     )
     .await;
+}
+
+/// The store reaches the worker, no router does. Nobody else has its experts.
+#[tokio::test]
+async fn a_worker_is_out_of_reach_and_alone_has_its_experts() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(3, 1).guests(1).launch().await;
+    let proxy = Proxy::start().await;
+    cluster.add_worker_behind(&proxy).await;
+    cluster.ready().await;
+    let aim = Aim {
+        stall: Some(Duration::from_secs(20)),
+        ..Aim::unnoticed("3", "black hole that stays before one worker of four, no replicas", 1)
+    };
+    let mut drill = begin(aim, &cluster).await;
+    drill.fault();
+    proxy.set(Fault::Hole(Way::Both));
+    let away = worker_id(3);
+    cluster
+        .until("its experts to be elsewhere", |state| {
+            let mut others = ClusterState::clone(state);
+            others.workers.remove(&away).is_some() && held_everywhere(&others, 1)
+        })
+        .await;
+    drill.flows(500).await;
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn one_side_hears_that_the_other_has_ended() {
+    let _alone = scene::alone().await;
+    breaks(Aim::unnoticed("4", "half of every connection to one worker of four is closed", 2), Fault::HalfClose).await;
+}
+
+#[tokio::test]
+async fn every_hundredth_packet_is_lost() {
+    let _alone = scene::alone().await;
+    let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
+    let aim = Aim::unnoticed("7", "1 % loss before one worker of four, as TCP shows it", 2);
+    broken(aim, &cluster, &proxy, Fault::Lossy { every: 100, wait: Duration::from_millis(200) }).await;
 }
 
 #[tokio::test]
@@ -88,5 +130,12 @@ async fn the_line_is_narrow() {
 async fn bits_of_answers_are_flipped() {
     let _alone = scene::alone().await;
     let aim = Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2);
-    breaks(aim, Fault::Flip(4096)).await;
+    breaks(aim, Fault::Flip(Way::ToRouter, 4096)).await;
+}
+
+#[tokio::test]
+async fn bits_of_requests_are_flipped() {
+    let _alone = scene::alone().await;
+    let aim = Aim::unnoticed("10", "one bit in 4 KiB of what one worker is sent is flipped", 2);
+    breaks(aim, Fault::Flip(Way::ToWorker, 4096)).await;
 }

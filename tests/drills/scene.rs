@@ -46,6 +46,11 @@ pub async fn work(cluster: &Cluster) -> Work {
     Work::usual(&model(), cluster.router_addresses().await).await
 }
 
+/// The usual work on one of its routers.
+pub async fn work_on(cluster: &Cluster, router: usize) -> Work {
+    Work::usual(&model(), vec![cluster.router_address(router).await]).await
+}
+
 /// The usual work is under way.
 pub async fn begin(aim: Aim, cluster: &Cluster) -> Drill {
     Drill::begin(aim, cluster, work(cluster).await).await

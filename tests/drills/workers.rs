@@ -7,7 +7,9 @@ use std::{
     time::Duration,
 };
 
-use conclave_proto::expert::v1::{CombineMode, DispatchBatch, Encoding, expert_worker_client::ExpertWorkerClient};
+use conclave_proto::expert::v1::{
+    CombineMode, DispatchBatch, Encoding, GetInventoryRequest, RefusedReason, expert_worker_client::ExpertWorkerClient,
+};
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 
 use conclave_tests::{
@@ -49,6 +51,53 @@ async fn one_of_four_workers_is_frozen_and_wakes_up() {
     cluster.workers[0].signal(Signal::CONT);
     let back = worker_id(0);
     cluster.until("the worker to be back", |state| state.workers.contains_key(&back)).await;
+    drill.over();
+    drill.end().await;
+}
+
+#[tokio::test]
+async fn two_of_three_holders_freeze_at_once() {
+    let _alone = scene::alone().await;
+    let cluster = scene::builder(3, 3).start().await;
+    let mut drill =
+        begin(Aim::unnoticed("2", "SIGSTOP of two of three workers that hold everything", 3), &cluster).await;
+    drill.fault();
+    for worker in &cluster.workers[..2] {
+        worker.signal(Signal::STOP);
+    }
+    drill.flows(500).await;
+    drill.goes_on(drill.form().pick(Duration::from_secs(2), Duration::from_secs(30))).await;
+    for worker in &cluster.workers[..2] {
+        worker.signal(Signal::CONT);
+    }
+    cluster.until("all workers to be back", |state| state.workers.len() == 3).await;
+    cluster.held(3).await;
+    drill.over();
+    drill.end().await;
+}
+
+/// Connections that nobody uses take every descriptor a worker has. Those it serves are not concerned.
+#[tokio::test]
+async fn a_worker_has_no_descriptors_left() {
+    let _alone = scene::alone().await;
+    let cluster = scene::four_workers().await;
+    let mut drill = begin(Aim::unnoticed("25", "no file descriptors left in one worker of four", 2), &cluster).await;
+    let pid = Pid::from_raw(cluster.workers[0].pid().expect("it runs").cast_signed()).expect("a process has an id");
+    let limit = Rlimit { current: Some(64), maximum: Some(64) };
+    drill.fault();
+    prlimit(Some(pid), Resource::Nofile, limit).expect("a process may limit its children");
+    let address = cluster.worker_address(0).await;
+    let mut idle = Vec::new();
+    for _ in 0..100 {
+        idle.push(tokio::net::TcpStream::connect(&address).await.expect("the kernel accepts"));
+    }
+    drill.goes_on(drill.form().pick(Duration::from_secs(2), Duration::from_secs(30))).await;
+    drop(idle);
+    eventually("the worker to accept again", async || {
+        let channel = conclave_runtime::channel::internal(&address).ok()?.connect().await.ok()?;
+        ExpertWorkerClient::new(channel).get_inventory(GetInventoryRequest {}).await.ok()
+    })
+    .await;
     drill.over();
     drill.end().await;
 }
@@ -195,6 +244,8 @@ async fn one_of_two_workers_answers_nonsense() {
         ("a worker answers with NaN", Act::Nan),
         ("a worker answers with too few bytes", Act::WrongSize),
         ("a worker answers what nobody asked", Act::WrongBatch),
+        ("a worker calls every batch invalid", Act::Refuse(RefusedReason::Invalid)),
+        ("a worker fails again and again", Act::Refuse(RefusedReason::Internal)),
     ] {
         let mut cluster = scene::builder(1, 2).guests(1).router(&["--batch-timeout=2"]).launch().await;
         let (lies, does_lie) = tokio::sync::watch::channel(false);

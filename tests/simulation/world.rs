@@ -48,6 +48,8 @@ pub enum Sabotage {
     Boasting,
     /// Somebody writes a plan that does not follow the one in force.
     LooseCannon,
+    /// A planner takes an expert from everybody.
+    Forgetful,
 }
 
 /// How a seed went.
@@ -146,6 +148,9 @@ impl World {
         }
         if self.sabotage == Sabotage::LooseCannon {
             self.write_orphan();
+        }
+        if self.sabotage == Sabotage::Forgetful {
+            self.write_without_an_expert();
         }
         self.mend(Duration::MAX);
         self.weather.values().for_each(|weather| weather.send_modify(|weather| weather.losses = 0));
@@ -361,6 +366,16 @@ impl World {
         let Some(plan) = self.witness.state().plan else { return };
         let orphan = Plan { parent: PlanVersion::NONE, ..Plan::clone(&plan) };
         let (key, value) = (self.keys.plan(), orphan.encode());
+        self.do_in_store(async move |store| drop(store.put(&key, value, None).await));
+    }
+
+    fn write_without_an_expert(&self) {
+        let Some(plan) = self.witness.state().plan else { return };
+        let mut next = Plan { version: PlanVersion(plan.version.0 + 1), parent: plan.version, ..Plan::clone(&plan) };
+        if let Some(first) = next.layers.values_mut().next().and_then(|experts| experts.first_mut()) {
+            first.clear();
+        }
+        let (key, value) = (self.keys.plan(), next.encode());
         self.do_in_store(async move |store| drop(store.put(&key, value, None).await));
     }
 

@@ -30,8 +30,17 @@ pub enum Fault {
     Late(Duration),
     /// So many bytes a second, each way.
     Narrow(u32),
-    /// One bit of every so many bytes of answers is another.
-    Flip(u32),
+    /// One bit of every so many bytes that way is another.
+    Flip(Way, u32),
+    /// Each side is told that the other will send nothing more, once, and what it sends goes nowhere.
+    HalfClose,
+    /// Every so many pieces one waits, as for a packet that is sent again, and all behind it.
+    Lossy {
+        /// Of how many pieces one.
+        every: u32,
+        /// How long.
+        wait: Duration,
+    },
     /// Every connection ends with a reset, new ones at once.
     Refuse,
 }
@@ -157,9 +166,14 @@ async fn pump(
     mut state: watch::Receiver<State>,
 ) -> std::io::Result<()> {
     let mut buffer = vec![0; CHUNK];
-    let mut carried = 0;
+    let (mut carried, mut pieces) = (0, 0u32);
     loop {
         let fault = passable(&mut state, way).await;
+        if fault == Fault::HalfClose {
+            to.shutdown().await?;
+            while from.read(&mut buffer).await? > 0 {}
+            return Ok(());
+        }
         let most = if let Fault::Narrow(rate) = fault { (rate as usize / 20).clamp(1, CHUNK) } else { CHUNK };
         let read = tokio::select! {
             read = from.read(&mut buffer[..most]) => read?,
@@ -172,9 +186,11 @@ async fn pump(
         match (passable(&mut state, way).await, way) {
             (Fault::Late(delay), Way::ToRouter) => sleep(delay).await,
             (Fault::Narrow(rate), _) => sleep(Duration::from_secs_f64(read as f64 / f64::from(rate))).await,
-            (Fault::Flip(every), Way::ToRouter) => flip(&mut buffer[..read], carried, every),
+            (Fault::Flip(wrong, every), _) if wrong == way => flip(&mut buffer[..read], carried, every),
+            (Fault::Lossy { every, wait }, _) if pieces.is_multiple_of(every) => sleep(wait).await,
             _ => {}
         }
+        pieces = pieces.wrapping_add(1);
         carried += read as u64;
         passable(&mut state, way).await;
         to.write_all(&buffer[..read]).await?;

@@ -22,6 +22,8 @@ use crate::{
 
 /// Tokens a second, of all streams together, below which a load does not count as one: before the fault and after it.
 pub const FLOOR: f64 = 20.0;
+/// And what must be left after the fault of what there was before.
+const KEPT: f64 = 0.25;
 /// How much of a run does not count as its beginning: connections open, caches fill.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Silences up to this long happen on a busy machine without any fault.
@@ -226,10 +228,17 @@ fn breaches(aim: &Aim, report: &Report, after: &Range<Instant>) -> Vec<String> {
     if report.ok == 0 || after.is_empty() {
         breaches.push("nothing was asked after the fault".to_owned());
     }
-    for (when, rate) in [("before the fault", report.rates[0]), ("after it", report.rates[2])] {
-        if rate < FLOOR {
-            breaches.push(format!("the load was no load {when}: {rate:.0} tokens a second, below {FLOOR}"));
+    let [before, _, after] = report.rates;
+    for (when, rate, floor) in [("before the fault", before, FLOOR), ("after it", after, FLOOR.max(before * KEPT))] {
+        if rate < floor {
+            breaches.push(format!("the load was no load {when}: {rate:.0} tokens a second, below {floor:.0}"));
         }
+    }
+    // A machine may be slow, but not so slow.
+    if let Some(limit) =
+        aim.stall.map(|limit| (limit * 5).max(Duration::from_secs(5))).filter(|limit| report.stalls[1] > *limit)
+    {
+        breaches.push(format!("a stream was silent for {:?}, longer than {limit:?}", report.stalls[1]));
     }
     breaches
 }

@@ -155,7 +155,7 @@ impl Few {
         tokio::spawn(serve_memory(store.clone(), listener, stop.clone()));
         let cluster = Cluster::parse("bench")?;
         let ids = (0..count).map(|index| WorkerId::parse(&format!("worker-{index}"))).collect::<Result<Vec<_>, _>>()?;
-        publication::publish(&store, &Keys::new(&cluster), &all.plan(&ids), "bench").await?;
+        publication::publish(&store, &Keys::new(&cluster), &all.plan(&ids), "bench", None).await?;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let (program, began) = (beside_this_program("conclave-expert-worker")?, Instant::now());
         let mut workers = Vec::new();

@@ -1,7 +1,7 @@
 //! The election of the router that runs the controller.
 //!
 //! In: one candidate and the key `leader`. Out: whether this candidate leads now. Never here: safety of the plan. Two
-//! routers may both believe for a moment that they lead; the plan's compare-and-swap is what lets only one of them act.
+//! routers may both believe for a moment that they lead; only who has the store's present term can write a plan.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use conclave_placement::Store;
 use conclave_placement::store::etcd::EtcdStore;
 use conclave_placement::store::memory::MemoryStore;
-use conclave_placement::store::{CasOutcome, Error, Event, Expected, LeaseId};
+use conclave_placement::store::{CasOutcome, Error, Event, Expected, LeaseId, MAX_VALUE, Transaction};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use support::etcd_process::EtcdProcess;
@@ -45,6 +45,7 @@ const STORIES: &[(&str, Story)] = &[
     ("a key moves to its latest lease", |g, p| a_key_moves_to_its_latest_lease(g, p).boxed()),
     ("a compacted watch says so", |g, p| a_compacted_watch_says_so(g, p).boxed()),
     ("a large value survives", |g, p| a_large_value_survives(g, p).boxed()),
+    ("a transaction is done wholly or not at all", |g, p| a_transaction_is_done_wholly_or_not_at_all(g, p).boxed()),
     ("an overlarge value is refused", |g, p| an_overlarge_value_is_refused(g, p).boxed()),
 ];
 
@@ -335,9 +336,42 @@ async fn a_large_value_survives(ground: &Ground, prefix: &str) {
     ground.store.delete_prefix(prefix).await.unwrap();
 }
 
+async fn a_transaction_is_done_wholly_or_not_at_all(ground: &Ground, prefix: &str) {
+    let (store, [a, b, old]) = (&ground.store, ["a", "b", "old"].map(|name| key(prefix, name)));
+    let one = store.put(&a, "one".into(), None).await.unwrap();
+    for number in 0..3 {
+        store.put(&format!("{old}{number}"), "v".into(), None).await.unwrap();
+    }
+    let with = |conditions: &[(&String, Expected)]| Transaction {
+        conditions: conditions.iter().map(|(key, expected)| ((*key).clone(), *expected)).collect(),
+        puts: vec![(a.clone(), "two".into()), (b.clone(), "new".into())],
+        deletes: Some((old.clone(), format!("{old}2"))),
+    };
+    let before = store.list(prefix).await.unwrap();
+    for failing in [
+        [(&a, Expected::ModRevision(one)), (&b, Expected::ModRevision(one))],
+        [(&a, Expected::Absent), (&b, Expected::Absent)],
+    ] {
+        assert_eq!(store.transact(with(&failing)).await.unwrap(), None);
+    }
+    assert_eq!(store.list(prefix).await.unwrap(), before);
+    let both = [(&a, Expected::ModRevision(one)), (&b, Expected::Absent)];
+    let revision = store.transact(with(&both)).await.unwrap();
+    let after = store.list(prefix).await.unwrap();
+    let now: Vec<(&str, &[u8])> = after.entries.iter().map(|entry| (entry.key.as_str(), &*entry.value)).collect();
+    assert_eq!(now, [(a.as_str(), &b"two"[..]), (b.as_str(), b"new"), (&format!("{old}2"), b"v")]);
+    assert!(after.entries[..2].iter().all(|entry| Some(entry.mod_revision) == revision));
+    let half = Bytes::from(vec![0; MAX_VALUE / 2 + 1]);
+    let vast = Transaction { puts: vec![(a.clone(), half.clone()), (b.clone(), half)], ..with(&[]) };
+    assert!(matches!(store.transact(vast).await, Err(Error::Refused { .. })));
+}
+
 async fn an_overlarge_value_is_refused(ground: &Ground, prefix: &str) {
-    let vast = Bytes::from(vec![0; conclave_placement::store::MAX_VALUE + 1]);
+    let vast = Bytes::from(vec![0; MAX_VALUE + 1]);
     let refused = ground.store.put(&key(prefix, "a"), vast, None).await.unwrap_err();
     assert!(matches!(refused, Error::Refused { .. }) && !refused.retryable(), "{refused}");
     assert_eq!(ground.store.get(&key(prefix, "a")).await.unwrap(), None);
+    // etcd's own limit is above.
+    ground.store.put(&key(prefix, "a"), vec![0; MAX_VALUE].into(), None).await.unwrap();
+    ground.store.delete(&key(prefix, "a")).await.unwrap();
 }

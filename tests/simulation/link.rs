@@ -7,8 +7,8 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use conclave_placement::store::{
-    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, Result, Store, WatchStream,
-    memory::MemoryStore,
+    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction,
+    WatchStream, memory::MemoryStore,
 };
 use futures::{FutureExt, future::BoxFuture, stream};
 use parking_lot::Mutex;
@@ -205,6 +205,12 @@ impl Store for Link {
         let put =
             move |store: MemoryStore| async move { store.compare_and_put(&key, expected, value, lease).await }.boxed();
         self.call("compare_and_put", named, put).await
+    }
+
+    async fn transact(&self, transaction: Transaction) -> Result<Option<i64>> {
+        let named = transaction.puts.first().map_or(String::new(), |(key, _)| key.clone());
+        let run = move |store: MemoryStore| async move { store.transact(transaction).await }.boxed();
+        self.call("transact", &named, run).await
     }
 
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<i64> {

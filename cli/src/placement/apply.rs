@@ -47,7 +47,7 @@ pub(super) async fn run(args: Args) -> anyhow::Result<ExitCode> {
     let notes = lint::notes(&plan, &state, &args.wanted)?;
     lint::print(&notes);
     ensure!(!lint::is_mistaken(&notes), "{} has mistakes and was not applied", args.file.display());
-    publish(&*store, &keys, &plan, &args.author).await?;
+    publish(&*store, &keys, &plan, &args.author, None).await?;
     terminal::warn(&format!("plan {} is the target", plan.version));
     Ok(ExitCode::SUCCESS)
 }

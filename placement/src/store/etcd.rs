@@ -23,7 +23,8 @@ use tokio::time::{Instant, timeout_at};
 use tonic::Code;
 
 use super::{
-    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, MAX_VALUE, Result, Store, WatchStream,
+    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, MAX_VALUE, Result, Store, Transaction,
+    WatchStream,
 };
 
 /// How long any call may take. etcd's own elections take about one second.
@@ -203,11 +204,18 @@ fn entry(pair: &KeyValue) -> Option<Entry> {
     })
 }
 
-fn check(call: &'static str, value: &Bytes) -> Result<()> {
-    if value.len() <= MAX_VALUE {
+fn check(call: &'static str, bytes: usize) -> Result<()> {
+    if bytes <= MAX_VALUE {
         return Ok(());
     }
-    Err(Error::Refused { call, message: format!("a value of {} bytes is larger than {MAX_VALUE}", value.len()) })
+    Err(Error::Refused { call, message: format!("values of {bytes} bytes are more than {MAX_VALUE}") })
+}
+
+fn comparison(key: &str, expected: Expected) -> Compare {
+    match expected {
+        Expected::Absent => Compare::create_revision(key, CompareOp::Equal, 0),
+        Expected::ModRevision(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
+    }
 }
 
 /// Turns the answer to a call that named a lease into its outcome.
@@ -242,11 +250,8 @@ impl Store for EtcdStore {
         value: Bytes,
         lease: Option<LeaseId>,
     ) -> Result<CasOutcome> {
-        check("compare_and_put", &value)?;
-        let condition = match expected {
-            Expected::Absent => Compare::create_revision(key, CompareOp::Equal, 0),
-            Expected::ModRevision(revision) => Compare::mod_revision(key, CompareOp::Equal, revision),
-        };
+        check("compare_and_put", value.len())?;
+        let condition = comparison(key, expected);
         let put = TxnOp::put(key, value, Some(put_options(lease)));
         let txn = Txn::new().when([condition]).and_then([put]).or_else([TxnOp::get(key, None)]);
         let swap = |connection: Arc<Connection>| async move {
@@ -267,8 +272,23 @@ impl Store for EtcdStore {
         self.once("compare_and_put", swap).await?.map_err(Error::LeaseLost)
     }
 
+    async fn transact(&self, transaction: Transaction) -> Result<Option<i64>> {
+        let Transaction { conditions, puts, deletes } = transaction;
+        check("transact", puts.iter().map(|(_, value)| value.len()).sum())?;
+        let conditions: Vec<Compare> = conditions.iter().map(|(key, expected)| comparison(key, *expected)).collect();
+        let puts = puts.into_iter().map(|(key, value)| TxnOp::put(key, value, None));
+        let deletes = deletes.map(|(from, to)| TxnOp::delete(from, Some(DeleteOptions::new().with_range(to))));
+        let txn = Txn::new().when(conditions).and_then(puts.chain(deletes).collect::<Vec<_>>());
+        let run = |connection: Arc<Connection>| async move {
+            let done = connection.kv.clone().txn(txn).await?;
+            let revision = revision(done.header())?;
+            Ok(done.succeeded().then_some(revision))
+        };
+        self.once("transact", run).await
+    }
+
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<i64> {
-        check("put", &value)?;
+        check("put", value.len())?;
         let put = |connection: Arc<Connection>| async move {
             let put = connection.kv.clone().put(key, value, Some(put_options(lease))).await;
             match with_lease(lease, put)? {

@@ -32,7 +32,7 @@ pub(crate) const MAX_OPS: usize = 128;
 pub(crate) enum Refusal {
     #[error("a key is empty or longer than {MAX_KEY} bytes")]
     Key,
-    #[error("a value of {0} bytes is larger than {MAX_VALUE}")]
+    #[error("values of {0} bytes are more than {MAX_VALUE}")]
     Value(usize),
     #[error("a transaction has more than {MAX_OPS} operations")]
     Operations,
@@ -67,6 +67,10 @@ enum End {
 impl Keyspan {
     pub(crate) fn key(key: &str) -> Self {
         Self { start: key.to_owned(), end: End::Only }
+    }
+
+    pub(crate) fn between(start: &str, end: &str) -> Self {
+        Self { start: start.to_owned(), end: End::Before(end.as_bytes().to_vec()) }
     }
 
     pub(crate) fn prefix(prefix: &str) -> Self {
@@ -238,14 +242,16 @@ impl Ledger {
             return Err(Refusal::Operations);
         }
         let mut seen = BTreeSet::new();
-        let mut growth = 0;
+        let (mut growth, mut values) = (0, 0);
         for op in ops {
             let Op::Put { key, value, lease } = op else { continue };
             if key.is_empty() || key.len() > MAX_KEY {
                 return Err(Refusal::Key);
             }
-            if value.len() > MAX_VALUE {
-                return Err(Refusal::Value(value.len()));
+            // etcd bounds the request, and so what all of it puts.
+            values += value.len();
+            if values > MAX_VALUE {
+                return Err(Refusal::Value(values));
             }
             if !seen.insert(key) {
                 return Err(Refusal::Twice(key.clone()));

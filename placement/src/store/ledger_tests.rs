@@ -112,7 +112,7 @@ fn a_refused_transaction_changes_nothing() {
     let refuse = |ledger: &mut Ledger, ops| ledger.transact(&[], ops, Vec::new()).unwrap_err();
     assert_eq!(refuse(&mut ledger, vec![op("a", 1), op("", 1)]), Refusal::Key);
     assert_eq!(refuse(&mut ledger, vec![op("a", 1), op("a", 1)]), Refusal::Twice("a".into()));
-    assert_eq!(refuse(&mut ledger, vec![op("a", 1), op("b", MAX_VALUE + 1)]), Refusal::Value(MAX_VALUE + 1));
+    assert_eq!(refuse(&mut ledger, vec![op("a", 1), op("b", MAX_VALUE)]), Refusal::Value(MAX_VALUE + 1));
     assert_eq!(refuse(&mut ledger, vec![Op::Read(Keyspan::key("a")); MAX_OPS + 1]), Refusal::Operations);
     assert_eq!((ledger.revision(), ledger.bytes()), (1, 0));
 }

@@ -16,8 +16,10 @@ use tokio::time::Instant;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::ledger::{Done, Keyspan, Ledger, Op, Refusal};
-use super::{CasOutcome, Entry, Error, Expected, KeepAlive, LeaseId, Listing, Result, Store, WatchStream};
+use super::ledger::{Condition, Done, Keyspan, Ledger, Op, Refusal};
+use super::{
+    CasOutcome, Entry, Error, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction, WatchStream,
+};
 
 /// A store that lives as long as its last clone.
 #[derive(Debug, Clone)]
@@ -120,16 +122,28 @@ impl Store for MemoryStore {
     ) -> Result<CasOutcome> {
         self.with(|ledger| {
             let current = ledger.entry(key).cloned();
-            let as_expected = match expected {
-                Expected::Absent => current.is_none(),
-                Expected::ModRevision(revision) => current.as_ref().is_some_and(|entry| entry.mod_revision == revision),
-            };
-            if !as_expected {
+            if !expected.is_met_by(current.as_ref()) {
                 return Ok(CasOutcome::Conflict { current });
             }
             let put = Op::Put { key: key.to_owned(), value, lease };
             ledger.transact(&[], vec![put], Vec::new()).map_err(|refusal| refused("compare_and_put", &refusal))?;
             Ok(CasOutcome::Stored { revision: ledger.revision() })
+        })
+    }
+
+    async fn transact(&self, transaction: Transaction) -> Result<Option<i64>> {
+        let Transaction { conditions, puts, deletes } = transaction;
+        let conditions = conditions.into_iter().map(|(key, expected)| {
+            let condition: Condition = Box::new(move |entry| expected.is_met_by(entry));
+            (key, condition)
+        });
+        let conditions: Vec<(String, Condition)> = conditions.collect();
+        let puts = puts.into_iter().map(|(key, value)| Op::Put { key, value, lease: None });
+        let deletes = deletes.map(|(from, to)| Op::Delete(Keyspan::between(&from, &to)));
+        self.with(|ledger| {
+            let done = ledger.transact(&conditions, puts.chain(deletes).collect(), Vec::new());
+            let (holds, _) = done.map_err(|refusal| refused("transact", &refusal))?;
+            Ok(holds.then(|| ledger.revision()))
         })
     }
 

@@ -19,7 +19,7 @@ use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use tonic::transport::Uri;
 
-/// The largest value a store takes. An etcd with default settings refuses more than 1.5 MiB by itself.
+/// The largest value a store takes: what an etcd with default settings takes in one request of 1.5 MiB.
 pub const MAX_VALUE: usize = crate::codec::MAX_VALUE;
 
 /// A lease: keys put under it vanish when it ends.
@@ -58,13 +58,22 @@ pub struct Listing {
     pub revision: i64,
 }
 
-/// What a compare-and-put asks of the key.
+/// What is asked of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Expected {
     /// It must not exist.
     Absent,
     /// It must exist, last put at this revision.
     ModRevision(i64),
+}
+
+impl Expected {
+    fn is_met_by(self, entry: Option<&Entry>) -> bool {
+        match self {
+            Self::Absent => entry.is_none(),
+            Self::ModRevision(revision) => entry.is_some_and(|entry| entry.mod_revision == revision),
+        }
+    }
 }
 
 /// What a compare-and-put did.
@@ -80,6 +89,17 @@ pub enum CasOutcome {
         /// What is there instead.
         current: Option<Entry>,
     },
+}
+
+/// What is done in one revision if every key is as expected, and not at all otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transaction {
+    /// What is asked of keys.
+    pub conditions: Vec<(String, Expected)>,
+    /// Values to put, under no lease. Together at most [`MAX_VALUE`] bytes.
+    pub puts: Vec<(String, Bytes)>,
+    /// Keys to delete, from the first up to the second and without it. None that is put.
+    pub deletes: Option<(String, String)>,
 }
 
 /// One change.
@@ -231,6 +251,10 @@ pub trait Store: Send + Sync + fmt::Debug + 'static {
         value: Bytes,
         lease: Option<LeaseId>,
     ) -> Result<CasOutcome>;
+
+    /// Does all of a transaction, or nothing: the revision, or `None` where a condition does not hold. After
+    /// [`Error::Timeout`] or [`Error::Unavailable`] it may have been done.
+    async fn transact(&self, transaction: Transaction) -> Result<Option<i64>>;
 
     /// Puts a value whatever is there, under `lease` or none; returns the revision.
     async fn put(&self, key: &str, value: Bytes, lease: Option<LeaseId>) -> Result<i64>;

@@ -84,12 +84,12 @@ impl Controller {
         let mut memory = Memory::default();
         loop {
             let state = cluster.borrow_and_update().clone();
-            let leading = leads.borrow_and_update().is_some();
-            let wake = match leading {
-                true => self.reconcile(&state, &mut memory).await,
-                false => None,
+            let term = *leads.borrow_and_update();
+            let wake = match term {
+                Some(term) => self.reconcile(&state, &mut memory, term).await,
+                None => None,
             };
-            if !leading {
+            if term.is_none() {
                 memory = Memory::default();
                 self.metrics.forget();
             }
@@ -104,13 +104,13 @@ impl Controller {
     }
 
     /// Publishes the next plan if one is due. Says when to look again though nothing has changed.
-    async fn reconcile(&self, state: &Arc<ClusterState>, memory: &mut Memory) -> Option<Instant> {
+    async fn reconcile(&self, state: &Arc<ClusterState>, memory: &mut Memory, term: Term) -> Option<Instant> {
         self.observe(state, memory);
         if let Some(until) = memory.waits_for_workers(state) {
             return Some(until);
         }
         if let Some(plan) = self.next(state, memory, false).await {
-            return self.put(&plan).await;
+            return self.put(&plan, term).await;
         }
         let period = self.policy.rebalance.period;
         if period.is_zero() {
@@ -128,7 +128,7 @@ impl Controller {
         memory.workers = state.workers.len();
         memory.reached = if let Urge::Uneven(balance) = urge { Some(balance) } else { None };
         match better {
-            Some(plan) => self.put(&plan).await,
+            Some(plan) => self.put(&plan, term).await,
             None => Some(Instant::now() + period),
         }
     }
@@ -182,8 +182,8 @@ impl Controller {
     }
 
     /// Writes a plan; says when to try again where the store would not have it.
-    async fn put(&self, plan: &Plan) -> Option<Instant> {
-        match publish(&*self.store, &self.keys, plan, self.author.as_str()).await {
+    async fn put(&self, plan: &Plan, term: Term) -> Option<Instant> {
+        match publish(&*self.store, &self.keys, plan, self.author.as_str(), Some(term)).await {
             Ok(()) => {
                 self.metrics.published.inc();
                 info!(version = plan.version.0, policy = %plan.policy, reason = %plan.reason, "plan published");

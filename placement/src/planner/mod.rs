@@ -63,8 +63,12 @@ pub struct PlannerWorker {
     pub failing: Residency,
 }
 
-/// Speeds that differ by less than this factor are no reason to treat workers differently.
-pub const ALIKE: f64 = 1.75;
+/// Speeds within this factor of the median are noise of measurement: workers of one kind are measured while their machines do
+/// other things too, and shall get equal shares.
+const ALIKE: f64 = 1.25;
+/// From this factor on a speed is taken as it was measured. Between the two it grows steadily from the median, so that no
+/// difference of measurement, however small, makes a worker another one.
+const UNLIKE: f64 = 1.75;
 
 /// A problem that has no answer.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -203,19 +207,32 @@ pub(crate) fn relative_speeds(workers: &[PlannerWorker]) -> Option<Vec<f64>> {
     relative(&speeds)
 }
 
-/// Speeds as multiples of the mean of the known ones (finite and above 0); 1 for the others. `None` while none is known. A
-/// speed within [`ALIKE`] of the median is the median: workers of one kind are measured while their machines do other things
-/// too, and shall get equal shares.
+/// Speeds as multiples of the mean of the known ones (finite and above 0); 1 for the others. `None` while none is known. Each
+/// is first [`settled`] towards the median.
 pub fn relative(speeds: &[f64]) -> Option<Vec<f64>> {
     let is_known = |speed: f64| speed.is_finite() && speed > 0.0;
     let mut known: Vec<f64> = speeds.iter().copied().filter(|speed| is_known(*speed)).collect();
     known.sort_unstable_by(f64::total_cmp);
     let median = *known.get(known.len().checked_sub(1)? / 2)?;
-    let settled = |speed: f64| if (median / ALIKE..=median * ALIKE).contains(&speed) { median } else { speed };
-    let mean = known.iter().map(|speed| settled(*speed)).sum::<f64>() / known.len() as f64;
-    let relative = |speed: &f64| if is_known(*speed) { settled(*speed) / mean } else { 1.0 };
+    let mean = known.iter().map(|speed| settled(*speed, median)).sum::<f64>() / known.len() as f64;
+    let relative = |speed: &f64| if is_known(*speed) { settled(*speed, median) / mean } else { 1.0 };
     // A sum of finite speeds may still overflow; no worker is that fast.
     mean.is_finite().then(|| speeds.iter().map(relative).collect())
+}
+
+/// What a speed counts as: with d = |ln(speed ÷ median)|, a = ln [`ALIKE`] and b = ln [`UNLIKE`], the median up to a, itself from
+/// b on, and median · exp(±b · (d - a) ÷ (b - a)) between. A worker 1.5 times as slow counts as 1.36 times as slow.
+fn settled(speed: f64, median: f64) -> f64 {
+    let ratio = speed / median;
+    let (distance, alike, unlike) = (ratio.ln().abs(), ALIKE.ln(), UNLIKE.ln());
+    if distance <= alike {
+        median
+    } else if distance >= unlike {
+        speed
+    } else {
+        let shrunk = unlike * (distance - alike) / (unlike - alike);
+        median * shrunk.copysign(ratio.ln()).exp()
+    }
 }
 
 /// The numbers of a plan that follows the previous one: its version and its parent.
@@ -231,7 +248,9 @@ mod tests {
 
     #[test]
     fn workers_of_one_kind_are_equal_and_others_keep_their_ratio() {
-        assert_eq!(relative(&[900.0, 1000.0, 1500.0]), Some(vec![1.0; 3]));
+        assert_eq!(relative(&[850.0, 1000.0, 1200.0]), Some(vec![1.0; 3]));
+        let slower = relative(&[1000.0, 1000.0, 1000.0 / 1.5]).map(|speeds| speeds[2] / speeds[0]).unwrap();
+        assert!((0.7..0.78).contains(&slower), "{slower}");
         assert_eq!(
             relative(&[1000.0, 1100.0, 16_000.0, 0.0]).map(|speeds| speeds[2] / speeds[0]),
             Some(16_000.0 / 1100.0)
@@ -239,5 +258,12 @@ mod tests {
         assert_eq!(relative(&[1000.0, 3000.0, 0.0]), Some(vec![0.5, 1.5, 1.0]), "an unknown one is the mean");
         assert_eq!(relative(&[0.0, f64::NAN]), None);
         assert_eq!(relative(&[]), None);
+    }
+    proptest::proptest! {
+        #[test]
+        fn a_little_more_speed_never_counts_for_much_more_nor_for_less(ratio in 0.2f64..5.0, more in 1.0f64..1.05) {
+            let [one, other] = [ratio, ratio * more].map(|ratio| settled(1000.0 * ratio, 1000.0));
+            proptest::prop_assert!(other >= one * (1.0 - 1e-9) && other <= one * more.powi(2), "{} {}", one, other);
+        }
     }
 }

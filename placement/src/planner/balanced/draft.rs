@@ -36,7 +36,7 @@ pub(super) struct Draft<'a> {
     pub(super) rows: Vec<f64>,
     /// Per worker, its speed as a multiple of the mean.
     pub(super) speed: Vec<f64>,
-    /// Per worker, the share of the experts it should get while no load is known.
+    /// Per worker, the copies it should get while no load is known.
     pub(super) weight: Vec<f64>,
     /// Per slot, its holders.
     pub(super) holders: Vec<Vec<usize>>,
@@ -71,7 +71,7 @@ impl<'a> Draft<'a> {
             loaded: false,
             short: false,
             rows: vec![0.0; slots],
-            weight: speed.clone().unwrap_or_else(|| memory_weights(problem)),
+            weight: shares(problem, speed.clone().unwrap_or_else(|| memory_weights(problem))),
             speed: speed.unwrap_or_else(|| vec![1.0; workers]),
             holders: vec![Vec::new(); slots],
             held: vec![0; workers],
@@ -290,6 +290,33 @@ impl<'a> Draft<'a> {
         });
         let layers = self.problem.model.moe_layers.iter();
         layers.map(|layer| (*layer, slots.by_ref().take(self.experts).collect())).collect()
+    }
+}
+
+/// How many copies each worker should have: as its weight says, but no more than fit, nor than there are experts; what that
+/// leaves over is shared out among the others, by weight again.
+fn shares(problem: &Problem<'_>, weights: Vec<f64>) -> Vec<f64> {
+    let slots = problem.model.experts as usize * problem.model.moe_layers.len();
+    let caps: Vec<f64> = problem.workers.iter().map(|worker| problem.room(worker).min(slots) as f64).collect();
+    let mut shares: Vec<Option<f64>> = vec![None; weights.len()];
+    loop {
+        let (mut left, mut free) = ((slots * problem.wanted()) as f64, 0.0);
+        for (share, weight) in shares.iter().zip(&weights) {
+            match share {
+                Some(share) => left -= share,
+                None => free += weight,
+            }
+        }
+        let each = left.max(0.0) / free;
+        let mut full = (0..weights.len()).filter(|at| shares[*at].is_none() && weights[*at] * each > caps[*at]).peekable();
+        if full.peek().is_none() {
+            // Above 0, since it is divided by.
+            let share = |(share, weight): (&Option<f64>, &f64)| share.unwrap_or(weight * each).max(f64::MIN_POSITIVE.sqrt());
+            return shares.iter().zip(&weights).map(share).collect();
+        }
+        for at in full.collect::<Vec<_>>() {
+            shares[at] = Some(caps[at]);
+        }
     }
 }
 

@@ -32,6 +32,7 @@ fn budgets() -> impl Strategy<Value = Vec<u64>> {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
+    /// (A), (B), (G), over changing clusters.
     #[test]
     fn every_plan_keeps_the_invariants(layers in 0u32..5, experts in 0u32..17, replicas in 1u32..5, budgets in budgets(),
                                        lost in any::<prop::sample::Index>(), gained in 0u64..300) {
@@ -53,6 +54,7 @@ proptest! {
         }
     }
 
+    /// (A), (D).
     #[test]
     fn without_budgets_every_expert_has_its_holders_and_counts_differ_by_at_most_one(
         layers in 1u32..5, experts in 1u32..17, replicas in 1u32..6, count in 1usize..9) {
@@ -68,6 +70,7 @@ proptest! {
         prop_assert!(counts.iter().max().unwrap() - counts.iter().min().unwrap() <= 1, "{:?}", counts);
     }
 
+    /// (E).
     #[test]
     fn a_dead_workers_experts_are_placed_again_and_no_other_moves(
         layers in 1u32..5, experts in 1u32..17, replicas in 1u32..4, count in 2usize..9,
@@ -87,6 +90,7 @@ proptest! {
         }
     }
 
+    /// (C).
     #[test]
     fn first_copies_come_before_second_ones(layers in 1u32..4, experts in 1u32..9, budgets in prop::collection::vec(1u64..120, 1..6)) {
         let model = model(layers, experts);
@@ -95,6 +99,28 @@ proptest! {
         let unplaced = plan.iter().filter(|(_, _, holders)| holders.is_empty()).count();
         let richest = plan.iter().map(|(_, _, holders)| holders.len()).max().unwrap_or(0);
         prop_assert!(unplaced == 0 || richest <= 1, "{} experts have no holder and one has {}", unplaced, richest);
+    }
+}
+
+proptest! {
+    /// (D): nobody who has room has a smaller share of his speed than others.
+    #[test]
+    fn shares_follow_speed_as_far_as_memory_allows(
+        experts in 1u32..17, of in prop::collection::vec((100.0f64..900.0, prop_oneof![Just(0), 10u64..300]), 1..7)) {
+        let model = model(4, experts);
+        let mut workers = workers(&of.iter().map(|(_, budget)| *budget).collect::<Vec<_>>());
+        workers.iter_mut().zip(&of).for_each(|(worker, (speed, _))| worker.speed = *speed);
+        let problem = still(&model, &workers, 1);
+        let counts = counts(&first(&problem), &workers);
+        let speeds = crate::planner::relative_speeds(&workers).unwrap();
+        for (worker, count) in workers.iter().zip(&counts) {
+            prop_assert!(*count <= problem.room(worker));
+        }
+        for (open, fewer) in counts.iter().enumerate().filter(|(at, count)| **count + 2 < problem.room(&workers[*at])) {
+            for (other, more) in counts.iter().enumerate() {
+                prop_assert!(*more as f64 / speeds[other] <= (fewer + 2) as f64 / speeds[open], "{:?} {:?}", counts, speeds);
+            }
+        }
     }
 }
 
@@ -128,6 +154,7 @@ fn memory_that_ran_out_is_told_by_the_lint() {
     assert_eq!(unplaced.count(), 2);
 }
 
+/// (C).
 #[test]
 fn a_survivors_second_copy_makes_way_when_memory_runs_out() {
     let model = model(1, 4);

@@ -62,8 +62,8 @@ pub enum Rule {
     TooManyReplicas { layer: LayerIdx, expert: ExpertId, holders: usize, most: usize },
     /// More redundant copies in a layer than it may have.
     TooManySpares { layer: LayerIdx, spares: usize, redundant: u32 },
-    /// Holders that fail together though another worker has room, and fails alone.
-    SharedFate { layer: LayerIdx, expert: ExpertId, fate: Fate },
+    /// Holders that fail together though another worker has room, and fails alone: those who are wanted, or only spares.
+    SharedFate { layer: LayerIdx, expert: ExpertId, fate: Fate, spare: bool },
     /// The same holder twice.
     DuplicateHolder { layer: LayerIdx, expert: ExpertId, worker: WorkerId },
     /// A holder that is dead or leaving.
@@ -105,9 +105,10 @@ impl fmt::Display for Rule {
             Self::TooManySpares { layer, spares, redundant } => {
                 write!(f, "layer {layer} has {spares} redundant copies, it may have {redundant}")
             }
-            Self::SharedFate { layer, expert, fate } => {
+            Self::SharedFate { layer, expert, fate, spare } => {
                 let fate = if *fate == Fate::Host { "host" } else { "zone" };
-                write!(f, "holders of expert {expert} of layer {layer} share a {fate} though another could be had")
+                let who = if *spare { "spare holders" } else { "holders" };
+                write!(f, "{who} of expert {expert} of layer {layer} share a {fate} though another could be had")
             }
             Self::DuplicateHolder { layer, expert, worker } => {
                 write!(f, "expert {expert} of layer {layer} names {worker} twice")
@@ -134,7 +135,9 @@ impl Rule {
             }
             Self::Unplaced { .. } | Self::OverBudget { .. } => Severity::Error,
             Self::UnknownLayer { .. } | Self::DuplicateHolder { .. } => Severity::Warning,
-            Self::TooFewReplicas { .. } | Self::UnknownWorker { .. } | Self::SharedFate { .. } => Severity::Warning,
+            Self::TooFewReplicas { .. } | Self::UnknownWorker { .. } => Severity::Warning,
+            Self::SharedFate { spare: false, .. } => Severity::Warning,
+            Self::SharedFate { spare: true, .. } => Severity::Advice,
             Self::OverBudgetNow { .. } => Severity::Warning,
             Self::TooManyReplicas { .. } | Self::TooManySpares { .. } | Self::Uneven { .. } => Severity::Advice,
         }
@@ -296,8 +299,12 @@ fn experts(plan: &Plan, problem: &Problem<'_>, held: &Held<'_>, rules: &mut Vec<
         if holders.len() < wanted && open.iter().any(able) {
             rules.push(Rule::TooFewReplicas { layer, expert, holders: holders.len(), wanted });
         }
-        let shared = fates.shared.then(|| shared_fate(&fates, &holders, &open, wanted)).flatten();
-        rules.extend(shared.map(|fate| Rule::SharedFate { layer, expert, fate }));
+        if fates.shared {
+            let of = |enough: usize| shared_fate(&fates, &holders, &open, enough);
+            // Spares are looked at where those who are wanted are apart, as far as they can be.
+            let shared = of(wanted).map(|fate| (fate, false)).or_else(|| of(holders.len()).map(|fate| (fate, true)));
+            rules.extend(shared.map(|(fate, spare)| Rule::SharedFate { layer, expert, fate, spare }));
+        }
     }
 }
 

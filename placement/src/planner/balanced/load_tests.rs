@@ -189,6 +189,28 @@ fn replicas_live_on_different_hosts_and_zones_where_there_are_any() {
     assert_eq!(plan(&Problem { replicas: 2, ..problem(&model, &workers, None) }, Some(&parted)).unwrap(), None);
 }
 
+/// (I), of spares: there is a host for each copy, and enough of them to gain by.
+#[test]
+fn spares_live_on_hosts_of_their_own_where_there_are_any() {
+    let model = model(2, 8);
+    let mut workers = housed(&[("a", ""), ("a", ""), ("b", ""), ("b", ""), ("c", ""), ("c", ""), ("d", ""), ("d", "")]);
+    let hot = load(&model, &[800, 100, 100, 100, 100, 100, 100, 100]);
+    let spared = |workers: &[PlannerWorker], previous| {
+        let problem = Problem { redundant: 4, ..problem(&model, workers, Some(&hot)) };
+        let plan = solve(&problem, previous);
+        assert!(copies(&plan, 1, 0) > 1, "{:?}", plan.layers);
+        (fates(&plan, &problem), plan)
+    };
+    let (shared, first) = spared(&workers, None);
+    assert_eq!(shared, 0, "{:?}", first.layers);
+    // With one host, spares share it rather than not being there.
+    execute(&mut workers, &first);
+    workers.iter_mut().for_each(|worker| worker.locality.host = "a".into());
+    let cold = load(&model, &[100, 100, 100, 100, 800, 100, 100, 100]);
+    let problem = Problem { redundant: 4, ..problem(&model, &workers, Some(&cold)) };
+    assert!(copies(&solve(&problem, Some(&first)), 1, 4) > 1);
+}
+
 #[test]
 fn a_place_is_promised_until_what_lies_there_is_given_up() {
     let model = model(1, 4);

@@ -1,7 +1,8 @@
 //! One layer, brought closer to balance.
 //!
 //! In: a [`Draft`] and one of its layers. Out: steps that each make the worker that takes longest take less, and nobody else
-//! as long. Never here: a step that costs an expert a wanted holder, safety, or memory that is not there.
+//! as long. Never here: a step that costs an expert a wanted holder, safety, or memory that is not there. A spare that shares
+//! its fate with a holder is a step only where no other worker would gain by it.
 
 use super::draft::{Draft, ROUNDING, Step};
 use super::fill::least_missed;
@@ -28,8 +29,7 @@ pub(super) fn best_action(draft: &Draft<'_>, fates: &Fates, layer: usize) -> Opt
             keep_better(&mut best, kind(&search, slot));
         }
     }
-    let helps = |action: &Action| action.time < search.most * (1.0 - ROUNDING);
-    best.filter(helps).or_else(|| search.make_way()).or_else(|| search.swap_copies())
+    best.filter(|action| search.helps(action.time)).or_else(|| search.make_way()).or_else(|| search.swap_copies())
 }
 
 fn keep_better(best: &mut Option<Action>, candidate: Option<Action>) {
@@ -59,6 +59,11 @@ impl<'a> Search<'a> {
         let (slowest, most) = draft.slowest(layer);
         let (spares, ideal_copy) = (draft.spares(layer), draft.ideal_copy(layer));
         Self { draft, fates, layer, slowest, most, ideal: draft.ideal(layer), spares, ideal_copy }
+    }
+
+    /// Whether it is better than it was once the workers concerned take that long.
+    fn helps(&self, time: f64) -> bool {
+        time < self.most * (1.0 - ROUNDING)
     }
 
     fn copies(&self, slot: usize) -> usize {
@@ -101,10 +106,15 @@ impl<'a> Search<'a> {
     fn move_copy(&self, slot: usize) -> Option<Action> {
         let per = self.draft.per_copy(slot, self.copies(slot));
         let holders = &self.draft.holders[slot];
-        let need = self.fates.replacing(holders, self.slowest, self.draft.wanted);
-        let able = |worker| need.nothing() || self.fates.meets(need, holders, self.slowest, worker);
-        let (worker, time) = self.soonest(slot, per, able)?;
-        let time = time.max(self.draft.time(self.layer, self.slowest, -per));
+        // First so that all holders stay as far apart as they are, then those who are wanted.
+        let found = [holders.len().max(self.draft.wanted), self.draft.wanted].into_iter().filter_map(|spread| {
+            let need = self.fates.replacing(holders, self.slowest, spread);
+            let able = |worker| need.nothing() || self.fates.meets(need, holders, self.slowest, worker);
+            self.soonest(slot, per, able)
+        });
+        let leaves = self.draft.time(self.layer, self.slowest, -per);
+        let mut found = found.map(|(worker, time)| (worker, time.max(leaves)));
+        let (worker, time) = found.find(|(_, time)| self.helps(*time))?;
         let steps = vec![Step::Give { slot, worker }, Step::Take { slot, worker: self.slowest }];
         Some(Action { steps, time })
     }
@@ -123,9 +133,15 @@ impl<'a> Search<'a> {
             steps.push(step);
             time = time.max(longest);
         }
-        let (worker, soonest) = self.soonest(slot, after, |_| true)?;
+        // First among those who share nothing with its holders, then nothing but a zone.
+        let apart = [0, 1, u8::MAX].into_iter().filter_map(|common| {
+            let able = |worker| self.fates.common(&self.draft.holders[slot], worker) <= common;
+            self.soonest(slot, after, able).map(|(worker, soonest)| (worker, time.max(soonest)))
+        });
+        let mut apart = apart.take(if self.fates.shared { 3 } else { 1 });
+        let (worker, time) = apart.find(|(_, time)| self.helps(*time))?;
         steps.push(Step::Give { slot, worker });
-        Some(Action { steps, time: time.max(soonest) })
+        Some(Action { steps, time })
     }
 
     /// Whether an expert may have a spare: no wanted copy lacks memory anywhere, and its copies are above the average.
@@ -178,15 +194,24 @@ impl<'a> Search<'a> {
             (0..draft.workers).filter(|worker| *worker != self.slowest && draft.has_room(*worker)).collect();
         let time = |worker: usize| draft.time(layer, worker, 0.0);
         idle.sort_by(|a, b| time(*a).total_cmp(&time(*b)).then(a.cmp(b)));
+        // A spare where it shares nothing with the holders, or else where it may share all.
+        let ways = [0, u8::MAX].into_iter().map(|common| self.way(&idle, common));
+        ways.take(if self.fates.shared { 2 } else { 1 }).flatten().next()
+    }
+
+    /// The best way to make for one of `idle`; for a spare, for one that shares no more than `common` with the holders.
+    fn way(&self, idle: &[usize], common: u8) -> Option<Action> {
+        let (draft, layer) = (self.draft, self.layer);
         let mut best: Option<Action> = None;
         for slot in draft.held_in(layer, self.slowest).iter().copied().filter(|slot| draft.rows[*slot] > 0.0) {
+            let adds = self.may_add(slot) && self.spares < draft.problem.redundant as usize;
             let able = |worker: &usize| !draft.holds(slot, *worker) && draft.fits(slot, *worker);
             for worker in idle.iter().copied().filter(able).take(IDLEST) {
-                if self.may_add(slot) && self.spares < draft.problem.redundant as usize {
-                    keep_better(&mut best, self.relieve(slot, worker, true, &idle));
+                if adds && self.fates.common(&draft.holders[slot], worker) <= common {
+                    keep_better(&mut best, self.relieve(slot, worker, true, idle));
                 }
                 if self.may_replace(slot, self.slowest, worker) {
-                    keep_better(&mut best, self.relieve(slot, worker, false, &idle));
+                    keep_better(&mut best, self.relieve(slot, worker, false, idle));
                 }
             }
         }

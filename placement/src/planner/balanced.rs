@@ -4,7 +4,7 @@
 //! giving anything up first. Never here: names beyond the edge; inside, all is dense numbers.
 //!
 //! First what must be (`fill`): who left is replaced, what others hold stays. Then, if asked for, what may be (`rebalance`):
-//! copies follow the load. The README beside this crate states the properties, in letters.
+//! copies follow the load. The README in the folder of that name states the properties, in letters.
 
 mod draft;
 mod fill;

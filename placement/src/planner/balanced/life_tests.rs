@@ -143,6 +143,7 @@ fn live(case: &mut Case, load: usize, mut current: Option<Plan>, seed: usize) ->
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
+    /// (A) to (C), (G), (K).
     #[test]
     fn clusters_live_through_deaths_joins_and_changing_load(
         mut case in some_case(), lost in any::<Index>(), gained in some_worker(100), seed in any::<usize>()) {
@@ -156,6 +157,7 @@ proptest! {
         live(&mut case, 0, Some(joined), seed)?;
     }
 
+    /// (E).
     #[test]
     fn without_rebalancing_only_the_dead_ones_experts_move(
         mut case in some_case(), lost in any::<Index>(), seed in any::<usize>()) {
@@ -173,6 +175,7 @@ proptest! {
         }
     }
 
+    /// (F), (I).
     #[test]
     fn rebalancing_loses_nothing_and_first_plans_spread(mut case in some_case(), seed in any::<usize>()) {
         let no_budget = |worker: &mut PlannerWorker| worker.memory_budget = 0;

@@ -33,6 +33,7 @@ fn copies(plan: &Plan, layer: u32, expert: u16) -> usize {
     plan.holders(LayerIdx(layer), ExpertId(expert)).len()
 }
 
+/// (D).
 #[test]
 fn shares_follow_speed_whether_load_is_known_or_not() {
     let model = model(4, 16);
@@ -49,6 +50,7 @@ fn shares_follow_speed_whether_load_is_known_or_not() {
     assert!(balancedness(&seen, &load, &workers).unwrap() > 0.85, "{}", seen.reason);
 }
 
+/// (J).
 #[test]
 fn copies_of_an_expert_follow_its_load_up_and_down_again() {
     let model = model(2, 8);
@@ -74,6 +76,7 @@ fn copies_of_an_expert_follow_its_load_up_and_down_again() {
     assert!(none.iter().all(|(_, _, holders)| holders.len() == 1), "spares end with the wish for them");
 }
 
+/// (F).
 #[test]
 fn what_gains_less_than_the_floor_changes_nothing() {
     let model = model(3, 12);
@@ -87,6 +90,7 @@ fn what_gains_less_than_the_floor_changes_nothing() {
     assert_eq!(plan(&still, Some(&first)).unwrap(), None);
 }
 
+/// (E), (J).
 #[test]
 fn who_joins_gets_an_even_share_and_nobody_else_gets_anything() {
     let model = model(5, 16);
@@ -109,6 +113,7 @@ fn who_joins_gets_an_even_share_and_nobody_else_gets_anything() {
     assert_eq!(joined.reason, "w9 joined, 32 copies placed, 32 given up, 5 workers");
 }
 
+/// (J).
 #[test]
 fn one_among_many_gets_its_share_however_high_the_floor() {
     let model = model(8, 64);
@@ -124,6 +129,7 @@ fn one_among_many_gets_its_share_however_high_the_floor() {
     assert!(balancedness(&joined, &load, &workers) >= balancedness(&first, &load, &workers));
 }
 
+/// (G).
 #[test]
 fn moves_are_rationed_and_go_on_when_the_last_ones_arrived() {
     let model = model(5, 16);
@@ -163,6 +169,7 @@ fn fates(plan: &Plan, problem: &Problem<'_>) -> usize {
     lint(plan, problem, None).iter().filter(|note| matches!(note.rule, Rule::SharedFate { .. })).count()
 }
 
+/// (I).
 #[test]
 fn replicas_live_on_different_hosts_and_zones_where_there_are_any() {
     let model = model(3, 16);
@@ -211,6 +218,7 @@ fn spares_live_on_hosts_of_their_own_where_there_are_any() {
     assert!(copies(&solve(&problem, Some(&first)), 1, 4) > 1);
 }
 
+/// (K).
 #[test]
 fn a_place_is_promised_until_what_lies_there_is_given_up() {
     let model = model(1, 4);

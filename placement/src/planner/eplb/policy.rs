@@ -134,6 +134,7 @@ mod tests {
         Problem { model, workers, replicas: 1, redundant, load, rebalance: Rebalance::No }
     }
 
+    /// (A), (F).
     #[test]
     fn the_published_example_becomes_a_plan() {
         let model = model(2, 12);
@@ -159,6 +160,7 @@ mod tests {
         assert_eq!(plan(&problem, 3, Some(&three)).unwrap(), None);
     }
 
+    /// (E).
     #[test]
     fn unequal_workers_are_refused() {
         let model = model(2, 12);
@@ -178,6 +180,7 @@ mod tests {
     }
 
     proptest! {
+        /// (F).
         #[test]
         fn its_plans_are_whole(layers in 0u32..4, experts in 1u32..20, count in 1usize..9, redundant in 0u32..20,
                                rows in prop::collection::vec(0u64..1000, 20)) {

@@ -23,6 +23,7 @@ fn imbalance(loads: &[f64]) -> f64 {
     (loads.iter().copied().fold(0.0, f64::max) / mean * 1000.0).round() / 1000.0
 }
 
+/// (A), (C).
 #[test]
 fn hierarchical_equals_the_original() {
     let placement = solve(4);
@@ -42,6 +43,7 @@ fn hierarchical_equals_the_original() {
     assert_eq!(placement.log2phy[0][10], [8, 10]);
 }
 
+/// (A).
 #[test]
 fn global_equals_the_original_twins_on_one_device_included() {
     let placement = solve(3);
@@ -53,12 +55,14 @@ fn global_equals_the_original_twins_on_one_device_included() {
     assert_eq!(imbalance(&gpu_loads(&SECOND, &placement, 1, 8)), 1.19);
 }
 
+/// (D).
 #[test]
 fn one_item_per_pack_keeps_its_place() {
     let packing = balanced_packing(&[vec![1., 9., 5.]], 3).unwrap();
     assert_eq!((packing.pack, packing.rank), (vec![vec![0, 1, 2]], vec![vec![0, 0, 0]]));
 }
 
+/// (E).
 #[test]
 fn what_cannot_be_is_refused() {
     let even = vec![vec![1f32; 12]];
@@ -97,6 +101,7 @@ fn sizes() -> impl Strategy<Value = [usize; 5]> {
 }
 
 proptest! {
+    /// (B), (C).
     #[test]
     fn every_placement_is_whole([experts, groups, nodes, gpus, slots] in sizes(), off in 0usize..2,
                                 weights in prop::collection::vec(prop::collection::vec(0u32..10_000, 96), 1..4)) {
@@ -131,6 +136,7 @@ proptest! {
         }
     }
 
+    /// (D).
     #[test]
     fn packs_are_equally_full_and_ranks_count_up(rows in prop::collection::vec(prop::collection::vec(0u32..1000, 24), 1..4),
                                                  packs in prop::sample::select(vec![1usize, 2, 3, 4, 6, 8, 12, 24])) {

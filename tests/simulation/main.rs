@@ -24,7 +24,9 @@ fn whatever_happens_plans_only_grow_and_no_expert_is_let_go_while_nobody_else_ho
     seeds::run();
 }
 
-/// About one in a hundred does not: a channel of tokio's wakes several tasks of one moment in an order of its own.
+/// About one in a hundred does not: `tokio::sync::watch` wakes the tasks that wait for one value in an order that it draws from
+/// the runtime's own chance, as `select!` does its branches. A runtime takes a seed for that only where all of tokio is built
+/// with `--cfg tokio_unstable`, which would be another build of the whole workspace for this one test.
 #[test]
 fn a_seed_repeats_itself() {
     let live = |seed| live(Scenario::of(seed), Sabotage::None).story;

@@ -1,4 +1,4 @@
-//! How long plans take for a cluster of the largest size, how much they move, and how even they are.
+//! How long plans take for a cluster of the largest size, how much they move, how large they are, and how even.
 //!
 //! In: nothing, or the number of workers. Out: a table, one plan a row. Never here: a store or a network; planning is pure.
 //!
@@ -22,12 +22,16 @@ const EXPERTS: u32 = 256;
 /// Least gain in balancedness that copies move for, and how many may at once: no bound, to see the whole of it.
 const IF_GAIN: Rebalance = Rebalance::IfGain { least: 0.05, moves: usize::MAX };
 
+/// As the controller does it.
+const RATIONED: Rebalance = Rebalance::IfGain { least: 0.05, moves: 256 };
+
 fn main() -> anyhow::Result<()> {
     let workers = std::env::args().nth(1).map_or(Ok(1000), |count| count.parse()).context("the number of workers")?;
     let model = model();
-    println!("{:<52} {:>7} {:>7} {:>7} {:>13}", "plan", "seconds", "added", "removed", "balancedness");
+    println!("{:<52} {:>7} {:>7} {:>7} {:>9} {:>13}", "plan", "seconds", "added", "removed", "bytes", "balancedness");
     ours(&model, workers)?;
     balanced_from_scratch(&model, workers)?;
+    unlike(&model, workers)?;
     theirs(&model, workers.next_power_of_two())
 }
 
@@ -61,6 +65,25 @@ fn balanced_from_scratch(model: &ModelIdentity, count: usize) -> anyhow::Result<
     let (load, workers) = (zipf(model, 1), cluster(count));
     let problem = Problem { workers: &workers, load: Some(&load), rebalance: IF_GAIN, ..still_of(model) };
     row("first plan with Zipf load, 256 spares a layer", &problem, None, &load, balanced::plan)?;
+    Ok(())
+}
+
+/// Workers of two speeds, with memory for a fifth more than two copies of everything, whose copies move 256 at a time.
+fn unlike(model: &ModelIdentity, count: usize) -> anyhow::Result<()> {
+    let (even, other) = (zipf(model, 1), zipf(model, 7));
+    let copies = 2 * u64::from(LAYERS * EXPERTS);
+    let mut workers = cluster(count);
+    for (number, worker) in workers.iter_mut().enumerate() {
+        worker.memory_budget = (copies * 12 / 10).div_ceil(count as u64) * model.expert_bytes;
+        worker.speed = if number % 4 == 0 { 2000.0 } else { 1000.0 };
+    }
+    let problem = Problem { workers: &workers, load: Some(&even), rebalance: RATIONED, ..still_of(model) };
+    let mut plan = row("tight memory, two speeds: first plan, Zipf load", &problem, None, &even, balanced::plan)?;
+    for name in ["the same, other favourites, 256 moves", "256 more", "256 more"] {
+        settle(&mut workers, &plan);
+        let problem = Problem { workers: &workers, load: Some(&other), rebalance: RATIONED, ..still_of(model) };
+        plan = row(name, &problem, Some(&plan), &other, balanced::plan)?;
+    }
     Ok(())
 }
 
@@ -104,7 +127,8 @@ fn row<E: std::error::Error + Send + Sync + 'static>(
     let (added, removed) = moves.fold((0, 0), |sum, change| (sum.0 + change.added.len(), sum.1 + change.removed.len()));
     let plan = plan.or_else(|| previous.cloned()).context("a first plan is always made")?;
     let after = format!("{:.3}", balance(&plan));
-    println!("{name:<52} {seconds:>7.2} {added:>7} {removed:>7} {before:>5} > {after:>5}");
+    let bytes = plan.encode().len();
+    println!("{name:<52} {seconds:>7.2} {added:>7} {removed:>7} {bytes:>9} {before:>5} > {after:>5}");
     Ok(plan)
 }
 

@@ -7,8 +7,8 @@ use std::{collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use conclave_placement::store::{
-    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction,
-    WatchStream, memory::MemoryStore,
+    CasOutcome, Entry, Error, Event, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction, WatchStream,
+    memory::MemoryStore,
 };
 use futures::{FutureExt, future::BoxFuture, stream};
 use parking_lot::Mutex;

@@ -17,9 +17,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::ledger::{Condition, Done, Keyspan, Ledger, Op, Refusal};
-use super::{
-    CasOutcome, Entry, Error, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction, WatchStream,
-};
+use super::{CasOutcome, Entry, Error, Expected, KeepAlive, LeaseId, Listing, Result, Store, Transaction, WatchStream};
 
 /// A store that lives as long as its last clone.
 #[derive(Debug, Clone)]

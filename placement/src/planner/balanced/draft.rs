@@ -308,10 +308,12 @@ fn shares(problem: &Problem<'_>, weights: Vec<f64>) -> Vec<f64> {
             }
         }
         let each = left.max(0.0) / free;
-        let mut full = (0..weights.len()).filter(|at| shares[*at].is_none() && weights[*at] * each > caps[*at]).peekable();
+        let mut full =
+            (0..weights.len()).filter(|at| shares[*at].is_none() && weights[*at] * each > caps[*at]).peekable();
         if full.peek().is_none() {
             // Above 0, since it is divided by.
-            let share = |(share, weight): (&Option<f64>, &f64)| share.unwrap_or(weight * each).max(f64::MIN_POSITIVE.sqrt());
+            let share =
+                |(share, weight): (&Option<f64>, &f64)| share.unwrap_or(weight * each).max(f64::MIN_POSITIVE.sqrt());
             return shares.iter().zip(&weights).map(share).collect();
         }
         for at in full.collect::<Vec<_>>() {

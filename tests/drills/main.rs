@@ -10,6 +10,7 @@ mod scene;
 mod balance;
 mod network;
 mod placement;
+mod quorum;
 mod routers;
 mod soak;
 mod store;

@@ -7,18 +7,19 @@ use conclave_tests::{
     chaos::{Fault, Proxy, Way},
     cluster::{Cluster, held_everywhere, worker_id},
     drill::Aim,
+    report::Report,
     vitals::Vitals,
 };
 
 use crate::scene::{self, begin, four_workers_one_behind_a_proxy};
 
 /// The fault, for as long as it takes that 500 tokens come and some seconds pass; then the network is well again.
-async fn breaks(aim: Aim, fault: Fault) {
+async fn breaks(aim: Aim, fault: Fault) -> Report {
     let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
-    broken(aim, &cluster, &proxy, fault).await;
+    broken(aim, &cluster, &proxy, fault).await
 }
 
-async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
+async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) -> Report {
     let mut drill = begin(aim, cluster).await;
     drill.fault();
     proxy.set(fault);
@@ -26,7 +27,7 @@ async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
     drill.flows(500).await;
     proxy.set(Fault::None);
     drill.over();
-    drill.end().await;
+    drill.end().await
 }
 
 #[tokio::test]
@@ -78,12 +79,39 @@ async fn one_side_hears_that_the_other_has_ended() {
     breaks(Aim::unnoticed("4", "half of every connection to one worker of four is closed", 2), Fault::HalfClose).await;
 }
 
+/// The end of a dead worker's connections is heard late: until then they look alive and carry nothing.
+#[tokio::test]
+async fn the_end_of_a_worker_is_heard_late() {
+    let _alone = scene::alone().await;
+    let (mut cluster, proxy) = four_workers_one_behind_a_proxy().await;
+    let aim = Aim::unnoticed("4", "kill -9 of one worker of four, whose connections close 2 s later", 2);
+    let mut drill = begin(aim, &cluster).await;
+    drill.fault();
+    proxy.set(Fault::SlowClose(Duration::from_secs(2)));
+    cluster.workers[3].kill().await;
+    cluster.worker_gone(3).await;
+    cluster.held(2).await;
+    drill.flows(500).await;
+    drill.over();
+    drill.end().await;
+}
+
 #[tokio::test]
 async fn every_hundredth_packet_is_lost() {
     let _alone = scene::alone().await;
     let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
     let aim = Aim::unnoticed("7", "1 % loss before one worker of four, as TCP shows it", 2);
-    broken(aim, &cluster, &proxy, Fault::Lossy { every: 100, wait: Duration::from_millis(200) }).await;
+    let fault = Fault::Lossy { every: 100, wait: Duration::from_millis(200) };
+    in_bounded_memory(aim, &cluster, &proxy, fault).await;
+}
+
+/// As [`broken`]; what waits in the router meanwhile must be bounded.
+async fn in_bounded_memory(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) {
+    let router = cluster.routers[0].pid().expect("it runs");
+    let before = Vitals::of(router).expect("it lives").anonymous_kib;
+    broken(aim, cluster, proxy, fault).await;
+    let after = Vitals::of(router).expect("it lives").anonymous_kib;
+    assert!(after < before + (64 << 10), "the router grew from {before} to {after} KiB");
 }
 
 #[tokio::test]
@@ -117,12 +145,9 @@ async fn one_worker_is_slow() {
 async fn the_line_is_narrow() {
     let _alone = scene::alone().await;
     let (cluster, proxy) = four_workers_one_behind_a_proxy().await;
-    let router = cluster.routers[0].pid().expect("it runs");
-    let before = Vitals::of(router).expect("it lives").anonymous_kib;
     // The golden model's rows are small: this is to its traffic what 10 Mbit/s are to a large model's.
-    broken(Aim::unnoticed("7", "20 kB/s to one worker of four", 2), &cluster, &proxy, Fault::Narrow(20_000)).await;
-    let after = Vitals::of(router).expect("it lives").anonymous_kib;
-    assert!(after < before + (64 << 10), "the router grew from {before} to {after} KiB: what waits must be bounded");
+    let aim = Aim::unnoticed("7", "20 kB/s to one worker of four", 2);
+    in_bounded_memory(aim, &cluster, &proxy, Fault::Narrow(20_000)).await;
 }
 
 /// Bits that change on the way, where TCP's own checksum does not see it: in a proxy, in memory.
@@ -130,12 +155,15 @@ async fn the_line_is_narrow() {
 async fn bits_of_answers_are_flipped() {
     let _alone = scene::alone().await;
     let aim = Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2);
-    breaks(aim, Fault::Flip(Way::ToRouter, 4096)).await;
+    let report = breaks(aim, Fault::Flip(Way::ToRouter, 4096)).await;
+    // A bit of HTTP/2's own frames ends the stream; one of a row is told by the checksum.
+    assert!(report.counted("corrupt") + report.counted("lost") > 0.0, "nobody noticed: {:?}", report.notes);
 }
 
 #[tokio::test]
 async fn bits_of_requests_are_flipped() {
     let _alone = scene::alone().await;
     let aim = Aim::unnoticed("10", "one bit in 4 KiB of what one worker is sent is flipped", 2);
-    breaks(aim, Fault::Flip(Way::ToWorker, 4096)).await;
+    let report = breaks(aim, Fault::Flip(Way::ToWorker, 4096)).await;
+    assert!(report.counted("refused") + report.counted("lost") > 0.0, "nobody noticed: {:?}", report.notes);
 }

@@ -15,6 +15,9 @@ use crate::scene::{self, begin};
 /// Lease ttls of the cluster's processes are 5 s: longer than that, and a minute.
 const AWAY: (Duration, Duration) = (Duration::from_secs(8), Duration::from_secs(60));
 
+/// Seconds that a lease of 5 s, lately renewed, lives on.
+const RENEWED: i64 = 3;
+
 #[tokio::test]
 async fn etcd_is_away() {
     let _alone = scene::alone().await;
@@ -54,9 +57,16 @@ async fn etcd_freezes_and_wakes_up() {
     drill.goes_on(drill.form().pick(short, full)).await;
     etcd.signal(Signal::CONT);
     let mut client = connect(&cluster).await;
-    // An etcd that slept renews what it had when it wakes, so old leases may live on: each process has one in any case.
+    // An etcd that slept renews what it had when it wakes, so old leases may live on: each process has one in any case, and
+    // each was renewed since.
     eventually("everybody to be registered", async || {
-        (leases(&mut client, &cluster).await.len() >= before.len()).then_some(())
+        let now = leases(&mut client, &cluster).await;
+        for lease in &now {
+            if client.lease_time_to_live(*lease, None).await.ok()?.ttl() < RENEWED {
+                return None;
+            }
+        }
+        (now.len() >= before.len()).then_some(())
     })
     .await;
     let state = cluster.state();

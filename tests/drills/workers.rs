@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use conclave_placement::state::ClusterState;
 use conclave_proto::expert::v1::{
     CombineMode, DispatchBatch, Encoding, GetInventoryRequest, RefusedReason, expert_worker_client::ExpertWorkerClient,
 };
@@ -98,6 +99,29 @@ async fn a_worker_has_no_descriptors_left() {
         ExpertWorkerClient::new(channel).get_inventory(GetInventoryRequest {}).await.ok()
     })
     .await;
+    drill.over();
+    drill.end().await;
+}
+
+/// What it has to say is lost; what it has to do is not.
+#[tokio::test]
+async fn a_worker_cannot_write_its_log() {
+    let _alone = scene::alone().await;
+    let mut cluster = scene::builder(3, 2).start().await;
+    let aim = Aim::unnoticed("25", "a worker joins whose log's disk is full", 2);
+    let mut drill = begin(aim, &cluster).await;
+    drill.fault();
+    std::os::unix::fs::symlink("/dev/full", cluster.log_folder().join("worker-3.log")).expect("a link");
+    cluster.add_worker();
+    let newcomer = worker_id(3);
+    let serves = |state: &ClusterState| state.workers.get(&newcomer).is_some_and(|worker| !worker.resident.is_empty());
+    cluster.until("the newcomer to hold experts", serves).await;
+    drill.flows(500).await;
+    // It has something to say when streams break, too.
+    cluster.workers[0].kill().await;
+    cluster.worker_gone(0).await;
+    cluster.held(2).await;
+    assert!(cluster.workers[3].is_running(), "without a log it ended");
     drill.over();
     drill.end().await;
 }
@@ -260,7 +284,10 @@ async fn one_of_two_workers_answers_nonsense() {
         drill.flows(500).await;
         lies.send_replace(false);
         drill.over();
-        drill.end().await;
+        let report = drill.end().await;
+        if matches!(nonsense, Act::Nan | Act::WrongSize) {
+            assert!(report.counted("corrupt") > 0.0, "{what}, and it was not counted: {:?}", report.notes);
+        }
         fake.leave().await;
     }
 }

@@ -34,6 +34,8 @@ pub enum Fault {
     Flip(Way, u32),
     /// Each side is told that the other will send nothing more, once, and what it sends goes nowhere.
     HalfClose,
+    /// Whoever closes a connection is heard that much later on the other side.
+    SlowClose(Duration),
     /// Every so many pieces one waits, as for a packet that is sent again, and all behind it.
     Lossy {
         /// Of how many pieces one.
@@ -181,6 +183,10 @@ async fn pump(
             Ok(()) = state.changed() => continue,
         };
         if read == 0 {
+            let fault = state.borrow().fault;
+            if let Fault::SlowClose(delay) = fault {
+                sleep(delay).await;
+            }
             return to.shutdown().await;
         }
         match (passable(&mut state, way).await, way) {

@@ -4,7 +4,7 @@
 //! [`Report`]. Never here: the fault itself, a drill that passes because nothing was asked of it, or, in the short form, a
 //! failure for being slow: there the machine is shared, so a breach of a time limit is printed. At full length it fails.
 
-use std::{ops::Range, time::Duration};
+use std::{collections::BTreeMap, ops::Range, time::Duration};
 
 use serde_json::{Map, Value};
 use tokio::time::{Instant, sleep};
@@ -15,21 +15,27 @@ use crate::{
     eventually::within,
     load::{Load, Work},
     metrics::figures,
+    process::Process,
     record::{End, Record},
     report::Report,
     signs::Signs,
+    vitals::Vitals,
 };
 
 /// Tokens a second, of all streams together, below which a load does not count as one: before the fault and after it.
 pub const FLOOR: f64 = 20.0;
 /// And what must be left after the fault of what there was before.
 const KEPT: f64 = 0.25;
+const SECOND: Duration = Duration::from_secs(1);
 /// How much of a run does not count as its beginning: connections open, caches fill.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Silences up to this long happen on a busy machine without any fault.
 const HICCUP: Duration = Duration::from_millis(100);
 /// How soon a router that nobody asks anything has given back what it held.
 const IDLE_WITHIN: Duration = Duration::from_secs(10);
+
+/// Gauges of a router's engine that are nought when nobody asks it anything.
+const HELD: [&str; 3] = ["cache_blocks_held", "sequences_running", "sequences_waiting"];
 
 /// How long drills take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,6 +73,12 @@ pub struct Aim {
     pub holders: usize,
     /// The longest time for which a stream may be silent from the fault on.
     pub stall: Option<Duration>,
+    /// The longest time from the fault until a router acts on it, where it must.
+    pub detect: Option<Duration>,
+    /// The longest time from the fault until tokens flow as before.
+    pub recover: Option<Duration>,
+    /// The share of the tokens a second before the fault that must flow after it.
+    pub kept: Option<f64>,
     /// Whether requests may fail, if only they do so in time.
     pub may_fail: bool,
 }
@@ -74,12 +86,27 @@ pub struct Aim {
 impl Aim {
     /// No request fails, and no stream is silent for a second.
     pub const fn unnoticed(rows: &'static str, what: &'static str, holders: usize) -> Self {
-        Self { rows, what, holders, stall: Some(Duration::from_secs(1)), may_fail: false }
+        Self { rows, what, holders, stall: Some(SECOND), detect: None, recover: None, kept: None, may_fail: false }
     }
 
     /// No request fails; how long streams are silent is reported.
     pub const fn waited_out(rows: &'static str, what: &'static str, holders: usize) -> Self {
         Self { stall: None, ..Self::unnoticed(rows, what, holders) }
+    }
+
+    /// A router acts on the fault by then.
+    pub const fn detected_within(self, limit: Duration) -> Self {
+        Self { detect: Some(limit), ..self }
+    }
+
+    /// Tokens flow as before by then.
+    pub const fn flows_within(self, limit: Duration) -> Self {
+        Self { recover: Some(limit), ..self }
+    }
+
+    /// Afterwards this share of the tokens a second before flows.
+    pub const fn keeps(self, share: f64) -> Self {
+        Self { kept: Some(share), ..self }
     }
 }
 
@@ -95,6 +122,8 @@ pub struct Drill {
     over: Option<Instant>,
     /// Public and admin addresses of the routers.
     routers: Vec<(String, String)>,
+    /// What each process used before the fault.
+    used: Vec<(&'static str, u32, Vitals)>,
     notes: Map<String, Value>,
 }
 
@@ -111,8 +140,8 @@ impl Drill {
         let signs = Signs::follow(admins, cluster.changes(), aim.holders);
         let load = Load::start(work);
         sleep(WARM_UP).await;
-        let warm = Instant::now();
-        let drill = Self { aim, form, load, signs, warm, fault: None, over: None, routers, notes: Map::new() };
+        let (warm, used) = (Instant::now(), used(cluster));
+        let drill = Self { aim, form, load, signs, warm, fault: None, over: None, routers, used, notes: Map::new() };
         drill.goes_on(form.pick(Duration::from_millis(1500), Duration::from_secs(10))).await;
         drill
     }
@@ -160,12 +189,12 @@ impl Drill {
         let phases = [self.warm..fault, fault..over, over..stopped];
         let mut report = report(&self.aim, self.form, &record, &self.signs, &phases);
         report.notes.extend(self.notes);
-        for (name, metric) in
-            [("hedges", "hedges"), ("hedges_won", "hedges_won"), ("lost", "lost"), ("refused", "refused")]
-        {
-            let grown = self.signs.grown(&format!("conclave_dispatch_{metric}_total"));
+        for name in ["dispatch_hedges", "dispatch_hedges_won", "dispatch_lost", "dispatch_refused", "combine_corrupt"] {
+            let grown = self.signs.grown(&format!("conclave_{name}_total"));
+            let (_, name) = name.split_once('_').expect("a family and a name");
             report.notes.insert(name.to_owned(), grown.into());
         }
+        report.notes.extend(grown(&self.used));
         report.breaches.extend(held);
         report.publish();
         report
@@ -207,10 +236,27 @@ fn report(aim: &Aim, form: Form, record: &Record, signs: &Signs, phases: &[Range
         notes: Map::new(),
     };
     report.breaches = breaches(aim, &report, after);
-    if let Some(limit) = aim.stall.filter(|limit| report.stalls[1] > *limit) {
-        report.late.push(format!("a stream was silent for {:?}, longer than {limit:?}", report.stalls[1]));
-    }
+    report.late = late(aim, &report);
     report
+}
+
+/// Limits of time that were not kept: a busy machine may be the reason.
+fn late(aim: &Aim, report: &Report) -> Vec<String> {
+    let mut late = Vec::new();
+    if let Some(limit) = aim.stall.filter(|limit| report.stalls[1] > *limit) {
+        late.push(format!("a stream was silent for {:?}, longer than {limit:?}", report.stalls[1]));
+    }
+    if let Some(limit) = aim.detect.filter(|limit| report.detected.is_none_or(|after| after > *limit)) {
+        late.push(format!("a router acted on it after {:?}, later than {limit:?}", report.detected));
+    }
+    if let Some(limit) = aim.recover.filter(|limit| report.recovered.is_none_or(|after| after > *limit)) {
+        late.push(format!("tokens flowed as before after {:?}, later than {limit:?}", report.recovered));
+    }
+    let [before, _, after] = report.rates;
+    if let Some(share) = aim.kept.filter(|share| after < before * share) {
+        late.push(format!("{after:.0} of {before:.0} tokens a second were left, less than {share} of them"));
+    }
+    late
 }
 
 /// What no machine is too slow for.
@@ -253,11 +299,37 @@ async fn kept(routers: &[(String, String)]) -> Vec<String> {
         }
         // The gauges are set between steps: one more request makes the engine look again.
         Client::connect(inference).await.generate(&[1], 1).await;
-        let held = async || figures(admin).await?.get("conclave_engine_cache_blocks_held").copied();
-        let idle = within(IDLE_WITHIN, async || (held().await? == 0.0).then_some(())).await;
+        let held = async || {
+            let figures = figures(admin).await?;
+            let of = |name: &&str| figures.get(&format!("conclave_engine_{name}")).copied().unwrap_or(f64::NAN);
+            Some(HELD.iter().map(|name| (*name, of(name))).filter(|(_, count)| *count != 0.0).collect::<Vec<_>>())
+        };
+        let idle = within(IDLE_WITHIN, async || held().await?.is_empty().then_some(())).await;
         if idle.is_none() {
-            kept.push(format!("the router at {inference} still holds {:?} blocks", held().await));
+            kept.push(format!("the router at {inference} still holds {:?}", held().await));
         }
     }
     kept
+}
+
+fn used(cluster: &Cluster) -> Vec<(&'static str, u32, Vitals)> {
+    let of = |kind, process: &Process| {
+        let pid = process.pid()?;
+        Some((kind, pid, Vitals::of(pid)?))
+    };
+    let routers = cluster.routers.iter().filter_map(|router| of("router_grew", router));
+    routers.chain(cluster.workers.iter().filter_map(|worker| of("worker_grew", worker))).collect()
+}
+
+/// By how much the memory of the one that grew most did, per kind, of those that live still. To be looked at: allocators
+/// fill up, and short drills are mostly that; the soak has a limit.
+fn grown(used: &[(&'static str, u32, Vitals)]) -> Map<String, Value> {
+    let mut most: BTreeMap<&str, i64> = BTreeMap::new();
+    for (kind, pid, before) in used {
+        let Some(now) = Vitals::of(*pid) else { continue };
+        let grew = now.anonymous_kib.cast_signed() - before.anonymous_kib.cast_signed();
+        let known = most.entry(kind).or_insert(i64::MIN);
+        *known = grew.max(*known);
+    }
+    most.into_iter().map(|(kind, kib)| (kind.to_owned(), format!("{kib} KiB").into())).collect()
 }

@@ -29,26 +29,51 @@ pub struct EtcdProcess {
 impl EtcdProcess {
     /// Starts one and awaits its first answer.
     pub async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// Starts one with `own` arguments and awaits its first answer.
+    pub async fn start_with(own: &[&str]) -> Self {
+        let [client, peer] = free_ports();
+        let peer = format!("http://127.0.0.1:{peer}");
+        let mut etcd = Self::spawn("test", client, &peer, &format!("test={peer}"), own);
+        etcd.answers().await;
+        etcd
+    }
+
+    /// Starts three that are one cluster and awaits the first answer of each.
+    pub async fn start_three() -> [Self; 3] {
+        let ports: [u16; 6] = free_ports();
+        let peers = [3, 4, 5].map(|index: usize| format!("http://127.0.0.1:{}", ports[index]));
+        let all: Vec<String> = peers.iter().enumerate().map(|(index, peer)| format!("test-{index}={peer}")).collect();
+        let member =
+            |index: usize| Self::spawn(&format!("test-{index}"), ports[index], &peers[index], &all.join(","), &[]);
+        let mut members = [0, 1, 2].map(member);
+        for member in &mut members {
+            member.answers().await;
+        }
+        members
+    }
+
+    fn spawn(name: &str, client: u16, peer: &str, all: &str, own: &[&str]) -> Self {
         let folder = tempfile::Builder::new().prefix("conclave-etcd-").tempdir().expect("a temporary folder");
         let (program, mut arguments) = program();
-        let [client, peer] = free_ports();
-        let (address, peer) = (format!("http://127.0.0.1:{client}"), format!("http://127.0.0.1:{peer}"));
+        let address = format!("http://127.0.0.1:{client}");
         let data = folder.path().join("data").display().to_string();
         for (flag, value) in [
-            ("name", "test"),
+            ("name", name),
             ("data-dir", &data),
             ("listen-client-urls", &address),
             ("advertise-client-urls", &address),
-            ("listen-peer-urls", &peer),
-            ("initial-advertise-peer-urls", &peer),
-            ("initial-cluster", &format!("test={peer}")),
+            ("listen-peer-urls", peer),
+            ("initial-advertise-peer-urls", peer),
+            ("initial-cluster", all),
         ] {
             arguments.push(format!("--{flag}={value}"));
         }
+        arguments.extend(own.iter().map(|&argument| argument.to_owned()));
         let process = Process::spawn("etcd", &program, &arguments, folder.path());
-        let mut etcd = Self { process, program, arguments, address, folder };
-        etcd.answers().await;
-        etcd
+        Self { process, program, arguments, address, folder }
     }
 
     /// As the `--store` flag takes it.
@@ -109,8 +134,8 @@ fn on_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|folder| folder.join(program)).find(|candidate| Path::is_file(candidate))
 }
 
-/// Ports that are free now. Both are held until both are known, so that they differ.
-fn free_ports() -> [u16; 2] {
-    let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
+/// Ports that are free now. All are held until all are known, so that they differ.
+fn free_ports<const N: usize>() -> [u16; N] {
+    let held = [(); N].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
     held.map(|listener| listener.local_addr().expect("a bound listener has an address").port())
 }

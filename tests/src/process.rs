@@ -41,6 +41,14 @@ impl Process {
         self.child = start(&self.name, &self.program, &self.arguments, &self.log);
     }
 
+    /// Starts it once more with one more argument. It must have ended.
+    pub async fn again_with(&mut self, argument: &str) {
+        let flag = argument.split('=').next().unwrap_or(argument);
+        self.arguments.retain(|other| other.split('=').next() != Some(flag));
+        self.arguments.push(argument.to_owned());
+        self.again().await;
+    }
+
     /// The name it was started under.
     pub fn name(&self) -> &str {
         &self.name
@@ -88,6 +96,10 @@ impl Process {
 
     /// All it said so far.
     pub fn log(&self) -> String {
+        if !self.log.is_file() {
+            // A device that somebody put in its place has no end.
+            return String::new();
+        }
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 }

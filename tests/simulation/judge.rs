@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use conclave_placement::{
-    ids::{RouterId, WorkerId},
+    ids::{ExpertId, LayerIdx, RouterId, WorkerId},
     lint::{Note, Rule, Severity, lint},
     plan::Plan,
     planner::{PlannerWorker, Problem, Rebalance, candidates, redundant_by_default},
@@ -15,7 +15,7 @@ use conclave_placement::{
 use crate::scenario::Scenario;
 
 /// What is wrong with a plan that was written after `previous`. It must be right for at least one of the moments that its
-/// author may have seen, of which the likeliest comes first.
+/// author may have seen, of which the likeliest comes first. By a moment without enough workers nobody plans.
 pub fn faults<'a>(
     scenario: &Scenario,
     plan: &Plan,
@@ -26,32 +26,49 @@ pub fn faults<'a>(
     if plan.parent.0 != before || plan.version.0 <= before {
         return Some(format!("plan {} names {} as its parent, {before} was in force", plan.version, plan.parent));
     }
+    let least = if previous.is_none() { scenario.policy.min_workers } else { 1 };
     let mut likeliest = None;
     for moment in moments {
         let workers = candidates(moment);
-        if workers.is_empty() {
-            // Of nobody no plan is made.
+        if workers.len() < least {
             continue;
         }
-        let abandoned = fits(scenario, &workers).then(|| abandoned(plan, &workers)).flatten();
-        let mistake = abandoned.or_else(|| mistake(&judged(scenario, plan, previous, &workers)));
-        match mistake {
+        let mistake = forsaken(scenario, plan, &workers);
+        match mistake.or_else(|| mistake_in(&judged(scenario, plan, previous, &workers))) {
             None => return None,
             Some(mistake) => likeliest = likeliest.or(Some(mistake)),
         }
     }
-    let mistake = likeliest.unwrap_or_else(|| "there was never a worker to make it of".to_owned());
+    let mistake = likeliest.unwrap_or_else(|| "nobody could have made it".into());
     Some(format!("plan {}: {mistake}", plan.version))
 }
 
-/// An expert that a plan takes from everybody who lives, though somebody has it and there is room for one of each. Not the linter's opinion, which the planner
-/// shares.
-fn abandoned(plan: &Plan, workers: &[PlannerWorker]) -> Option<String> {
-    let lives = |id: &WorkerId| workers.iter().any(|worker| worker.id == *id);
-    plan.iter().find_map(|(layer, expert, holders)| {
-        let has = workers.iter().find(|worker| worker.resident.contains(layer, expert))?;
-        (!holders.iter().any(lives)).then(|| format!("{layer}/{expert} is nobody's that lives, and {} has it", has.id))
-    })
+/// An expert that nobody who lives and stays is to hold, though one of them could. Asked of the plan and the workers alone:
+/// what the linter overlooks is seen here.
+fn forsaken(scenario: &Scenario, plan: &Plan, workers: &[PlannerWorker]) -> Option<String> {
+    let (model, stays) = (&scenario.model, |id: &WorkerId| workers.iter().any(|worker| worker.id == *id));
+    let assigned: Vec<Residency> = workers.iter().map(|worker| plan.assigned_to(&worker.id)).collect();
+    let could = |(worker, planned): (&PlannerWorker, &Residency), expert: (LayerIdx, ExpertId)| {
+        let room = room(scenario, worker);
+        let lacks = planned.iter().filter(|(layer, id)| !worker.resident.contains(*layer, *id)).count();
+        let has_it = worker.resident.contains(expert.0, expert.1);
+        planned.len() < room && (has_it || worker.resident.len() + lacks < room)
+    };
+    for layer in model.moe_layers.iter().copied() {
+        for expert in (0..model.experts as u16).map(ExpertId) {
+            if plan.holders(layer, expert).iter().any(stays) {
+                continue;
+            }
+            let able = workers.iter().zip(&assigned).find(|pair| could(*pair, (layer, expert)));
+            if let Some((worker, _)) = able {
+                return Some(format!(
+                    "{layer}/{expert} is given to nobody who stays, though {} could have it",
+                    worker.id
+                ));
+            }
+        }
+    }
+    None
 }
 
 fn judged(scenario: &Scenario, plan: &Plan, previous: Option<&Plan>, workers: &[PlannerWorker]) -> Vec<Note> {
@@ -63,15 +80,10 @@ fn judged(scenario: &Scenario, plan: &Plan, previous: Option<&Plan>, workers: &[
 }
 
 /// The worst that the linter says, but for experts that find no room.
-fn mistake(notes: &[Note]) -> Option<String> {
-    let has_room = |of: &Rule| {
-        let Rule::Unplaced { layer, expert } = of else { return true };
-        notes.iter().any(|note| match note.rule {
-            Rule::TooFewReplicas { layer: other, expert: too_few, .. } => (other, too_few) == (*layer, *expert),
-            _ => false,
-        })
-    };
-    notes.iter().find(|note| note.severity == Severity::Error && has_room(&note.rule)).map(ToString::to_string)
+fn mistake_in(notes: &[Note]) -> Option<String> {
+    let excused = |note: &&Note| matches!(note.rule, Rule::Unplaced { .. });
+    let mut mistakes = notes.iter().filter(|note| note.severity == Severity::Error && !excused(note));
+    mistakes.next().map(ToString::to_string)
 }
 
 /// What is not as it should be in a cluster that had the time to settle.
@@ -122,12 +134,15 @@ fn incomplete(scenario: &Scenario, plan: &Plan, workers: &[PlannerWorker], fits:
 
 /// Whether there is room for one copy of everything.
 fn fits(scenario: &Scenario, workers: &[PlannerWorker]) -> bool {
-    let room = |worker: &PlannerWorker| match worker.memory_budget {
+    let all = workers.iter().map(|worker| room(scenario, worker)).fold(0, usize::saturating_add);
+    all >= scenario.model.experts as usize * scenario.model.moe_layers.len()
+}
+
+fn room(scenario: &Scenario, worker: &PlannerWorker) -> usize {
+    match worker.memory_budget {
         0 => usize::MAX,
         budget => (budget / scenario.model.expert_bytes) as usize,
-    };
-    let all = workers.iter().map(room).fold(0, usize::saturating_add);
-    all >= scenario.model.experts as usize * scenario.model.moe_layers.len()
+    }
 }
 
 /// Who holds, or tells, anything else than the plan says. What the plan gives to nobody may stay where it is.

@@ -41,7 +41,8 @@ fn what_is_done_wrong_on_purpose_is_noticed() {
         (Sabotage::CredulousWorkers, "which nobody else holds"),
         (Sabotage::Boasting, "into memory"),
         (Sabotage::LooseCannon, "as its parent"),
-        (Sabotage::Forgetful, "is nobody's that lives"),
+        (Sabotage::Forgetful, "is given to nobody who stays"),
+        (Sabotage::Haunted, "is given to nobody who stays"),
     ] {
         let noticed = |seed| live(Scenario::of(seed), sabotage).breach.is_some_and(|what| what.contains(breach));
         assert!((0..40).any(noticed), "{sabotage:?} went unnoticed");

@@ -22,8 +22,8 @@ use crate::{judge, scenario::Scenario};
 
 /// What is remembered of what led to a breach.
 const REMEMBERED: usize = 200;
-/// The most moments since the plan in force that a plan is judged by.
-const MOMENTS: usize = 4096;
+/// How old a picture a leader may plan by: one that was cut off and lagged after that, and a call that took its time.
+const OLDEST: Duration = Duration::from_secs(20);
 /// How long calls, watches and pictures may lag behind beside the leases.
 const LAG: Duration = Duration::from_secs(6);
 
@@ -36,8 +36,9 @@ pub struct Witness {
 struct Seen {
     now: Duration,
     state: ClusterState,
-    /// What the cluster was like at any moment since the plan in force was written: what a leader may have planned by.
-    moments: VecDeque<ClusterState>,
+    /// What the cluster was like at any moment of the last [`OLDEST`] since the plan in force was written, and from when on:
+    /// what a leader may have planned by.
+    moments: VecDeque<(Duration, ClusterState)>,
     held: BTreeMap<WorkerId, Residency>,
     /// When a copy of an expert was last lost in a way that no rule could prevent.
     lost: BTreeMap<(LayerIdx, ExpertId), Duration>,
@@ -71,7 +72,7 @@ impl Witness {
         let seen = Seen {
             now: Duration::ZERO,
             state: ClusterState::empty(),
-            moments: VecDeque::from([ClusterState::empty()]),
+            moments: VecDeque::new(),
             held: BTreeMap::new(),
             lost: BTreeMap::new(),
             leading: BTreeMap::new(),
@@ -172,7 +173,9 @@ impl Witness {
         seen.tally.plans += 1;
         let said = format!("plan {} ({}): {}", plan.version, plan.reason, judge::shown(&plan));
         seen.tell(said);
-        let faults = judge::faults(&self.scenario, &plan, seen.state.plan.as_deref(), seen.moments.iter().rev());
+        seen.forget_moments();
+        let moments = seen.moments.iter().rev().map(|(_, moment)| moment);
+        let faults = judge::faults(&self.scenario, &plan, seen.state.plan.as_deref(), moments);
         if let Some(fault) = faults {
             seen.accuse(fault);
         }
@@ -279,10 +282,15 @@ impl Seen {
     }
 
     fn remember_moment(&mut self) {
-        if self.moments.len() == MOMENTS {
+        self.forget_moments();
+        self.moments.push_back((self.now, self.state.clone()));
+    }
+
+    /// A moment lasts until the next one begins.
+    fn forget_moments(&mut self) {
+        while self.moments.get(1).is_some_and(|(next, _)| self.now.saturating_sub(*next) > OLDEST) {
             self.moments.pop_front();
         }
-        self.moments.push_back(self.state.clone());
     }
 
     fn is_held(&self, layer: LayerIdx, expert: ExpertId) -> bool {

@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use conclave_placement::{
     chance,
-    ids::{Cluster, PlanVersion, RouterId},
+    ids::{Cluster, PlanVersion, RouterId, WorkerId},
     keys::Keys,
     plan::Plan,
     state::DrainOrder,
@@ -48,8 +48,10 @@ pub enum Sabotage {
     Boasting,
     /// Somebody writes a plan that does not follow the one in force.
     LooseCannon,
-    /// A planner takes an expert from everybody.
+    /// A planner drops an expert.
     Forgetful,
+    /// A planner gives an expert to a worker that is not there.
+    Haunted,
 }
 
 /// How a seed went.
@@ -146,11 +148,11 @@ impl World {
             self.mend(now);
             self.step()?;
         }
-        if self.sabotage == Sabotage::LooseCannon {
-            self.write_orphan();
-        }
-        if self.sabotage == Sabotage::Forgetful {
-            self.write_without_an_expert();
+        match self.sabotage {
+            Sabotage::LooseCannon => self.write_orphan(),
+            Sabotage::Forgetful => self.write_holders(Vec::new()),
+            Sabotage::Haunted => self.write_holders(vec![WorkerId::parse("ghost").expect("a valid name")]),
+            Sabotage::None | Sabotage::CredulousWorkers | Sabotage::Boasting => {}
         }
         self.mend(Duration::MAX);
         self.weather.values().for_each(|weather| weather.send_modify(|weather| weather.losses = 0));
@@ -364,18 +366,22 @@ impl World {
     /// Writes a plan that takes no notice of the one in force.
     fn write_orphan(&self) {
         let Some(plan) = self.witness.state().plan else { return };
-        let orphan = Plan { parent: PlanVersion::NONE, ..Plan::clone(&plan) };
-        let (key, value) = (self.keys.plan(), orphan.encode());
-        self.do_in_store(async move |store| drop(store.put(&key, value, None).await));
+        self.write(&Plan { parent: PlanVersion::NONE, ..Plan::clone(&plan) });
     }
 
-    fn write_without_an_expert(&self) {
+    /// Writes a plan that follows the one in force, and gives the first expert to those.
+    fn write_holders(&self, holders: Vec<WorkerId>) {
         let Some(plan) = self.witness.state().plan else { return };
-        let mut next = Plan { version: PlanVersion(plan.version.0 + 1), parent: plan.version, ..Plan::clone(&plan) };
+        let (parent, version) = (plan.version, PlanVersion(plan.version.0 + 1));
+        let mut next = Plan { parent, version, ..Plan::clone(&plan) };
         if let Some(first) = next.layers.values_mut().next().and_then(|experts| experts.first_mut()) {
-            first.clear();
+            *first = holders;
         }
-        let (key, value) = (self.keys.plan(), next.encode());
+        self.write(&next);
+    }
+
+    fn write(&self, plan: &Plan) {
+        let (key, value) = (self.keys.plan(), plan.encode());
         self.do_in_store(async move |store| drop(store.put(&key, value, None).await));
     }
 

@@ -27,7 +27,7 @@ pub trait Weights: Send + Sync + 'static {
     /// Makes an expert ready to be computed with.
     fn bring(&self, layer: LayerIdx, id: ExpertId) -> impl Future<Output = Result<(), Error>> + Send;
 
-    /// Drops an expert, after all batches that were accepted before.
+    /// Drops an expert. Batches that still wait for it are refused.
     fn drop_expert(&self, layer: LayerIdx, id: ExpertId) -> impl Future<Output = Result<(), Error>> + Send;
 
     /// Batches computed so far: while this grows, somebody waits for this worker.

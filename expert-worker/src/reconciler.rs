@@ -2,11 +2,11 @@
 //! Each is told to the cluster as soon as it can be computed with, and no longer told before it goes. It decides nothing
 //! (`reconcile` does), never makes a batch wait, and never holds more than the memory budget.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
-use conclave_placement::ids::{ExpertId, LayerIdx, PlanVersion};
+use conclave_placement::ids::{ExpertId, LayerIdx, PlanVersion, RouterId};
 use conclave_placement::plan::Plan;
 use conclave_placement::state::{ClusterState, Residency};
 use tokio::sync::watch;
@@ -44,6 +44,8 @@ pub struct Reconciler<W> {
     assigned: (PlanVersion, Residency),
     /// Since when that plan is known here.
     assigned_at: Instant,
+    /// Routers that were said to follow no plan after this.
+    named: HashSet<(PlanVersion, RouterId)>,
     /// What could not be loaded.
     failures: Failures,
     /// What retires, and when it is over; soonest first.
@@ -104,6 +106,7 @@ impl<W: Weights> Reconciler<W> {
             budget,
             assigned,
             assigned_at: Instant::now(),
+            named: HashSet::new(),
             failures: Failures::default(),
             retiring: VecDeque::new(),
         }
@@ -154,6 +157,7 @@ impl<W: Weights> Reconciler<W> {
             let id = self.registration.record().id;
             self.assigned = (plan.version, plan.assigned_to(&id));
             self.assigned_at = Instant::now();
+            self.named.clear();
         }
         self.revive();
         let here = self.resident.snapshot();
@@ -269,10 +273,7 @@ impl<W: Weights> Reconciler<W> {
         self.failures.forget(now);
         // Without the store this picture may be old: whoever should have an expert may be gone by now.
         let is_current = self.registration.is_registered();
-        let routers = match self.assigned_at.elapsed() < ROUTERS_FOLLOW_WITHIN {
-            true => Routers::AreWaitedFor,
-            false => Routers::HadTheirTime,
-        };
+        let routers = self.routers(plan, state);
         while let Some((_, layer, expert)) = self.retiring.front().copied().filter(|(at, ..)| *at <= now) {
             self.retiring.pop_front();
             let it = Residency::from_iter([(layer, expert)]);
@@ -300,6 +301,19 @@ impl<W: Weights> Reconciler<W> {
             }
         }
         self.publish();
+    }
+
+    /// Whether routers that lag are still waited for; those that are not, are named, once for each plan.
+    fn routers(&mut self, plan: &Plan, state: &ClusterState) -> Routers {
+        if self.assigned_at.elapsed() < ROUTERS_FOLLOW_WITHIN {
+            return Routers::AreWaitedFor;
+        }
+        for router in state.routers.values().filter(|router| router.plan_version < plan.version) {
+            if self.named.insert((plan.version, router.id.clone())) {
+                tracing::warn!(router = %router.id, plan = %plan.version, "a router does not follow, and is waited for no longer");
+            }
+        }
+        Routers::HadTheirTime
     }
 
     fn publish(&self) {

@@ -89,7 +89,10 @@ impl Expert {
         let name = format!("model.layers.{layer}.mlp.experts.{expert}");
         let (hidden, inner) = (config.hidden_size, config.moe_intermediate_size);
         let mlp = Mlp::load(checkpoint, &name, hidden, inner, compute)?;
-        [&mlp.gate, &mlp.up, &mlp.down].into_iter().for_each(Linear::fetch);
+        for (part, linear) in [("gate", &mlp.gate), ("up", &mlp.up), ("down", &mlp.down)] {
+            let tensor = format!("{name}.{part}_proj.weight");
+            linear.fetch().map_err(|error| checkpoint.unreadable(&tensor, &error))?;
+        }
         Ok(Self { mlp, compute, hidden })
     }
 

@@ -58,8 +58,8 @@ impl Linear {
     }
 
     /// Reads the weight's pages now, see [`Weight::fetch`].
-    pub(crate) fn fetch(&self) {
-        self.weight.fetch();
+    pub(crate) fn fetch(&self) -> std::io::Result<()> {
+        self.weight.fetch()
     }
 
     pub(crate) fn new(weight: Stored, bias: Option<Weight>, compute: Compute) -> Self {

@@ -38,7 +38,12 @@ impl Lease {
     /// Renews the lease. A store that is away is no error while the lease surely lives: the next beat comes sooner.
     pub(crate) async fn beat(&mut self, store: &dyn Store) -> Result<()> {
         let sent = Instant::now();
-        match self.within(store.keep_alive(self.id)).await {
+        // A call that hangs must leave time for another one.
+        let beat = async {
+            let beat = tokio::time::timeout(self.ttl / 3, store.keep_alive(self.id)).await;
+            beat.unwrap_or(Err(Error::Timeout { call: "keep_alive", after: self.ttl / 3 }))
+        };
+        match self.within(beat).await {
             Ok(kept) => {
                 self.valid_until = sent + kept.remaining.min(self.ttl);
                 self.next_beat = sent + self.ttl / 3;

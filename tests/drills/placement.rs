@@ -6,7 +6,7 @@ use conclave_tests::{
     checkpoint::Copy,
     cluster::{Cluster, worker_id},
     drill::Aim,
-    process::Process,
+    process::{Process, binary},
 };
 
 use crate::scene::{self, begin};
@@ -67,17 +67,18 @@ async fn the_only_holders_restart_one_after_another() {
 #[tokio::test]
 async fn a_worker_with_another_checkpoint_comes() {
     let _alone = scene::alone().await;
-    let mut cluster = scene::four_workers().await;
+    let cluster = scene::four_workers().await;
     let folder = tempfile::tempdir().expect("a temporary folder");
     let other = Copy::of(&scene::model().folder, folder.path().join("other"));
     other.scramble("model-00004-of-00004.safetensors");
     let aim = Aim::unnoticed("10", "a worker with another checkpoint wants to join", 2);
     let mut drill = begin(aim, &cluster).await;
     drill.fault();
-    let model = format!("--model={}", other.folder.display());
-    let status = cluster.add_worker_with(&[&model]).ended().await;
+    let arguments = cluster.arguments("worker-4", &other.folder);
+    let mut stranger = Process::spawn("worker-4", &binary("conclave-expert-worker"), &arguments, cluster.log_folder());
+    let status = stranger.ended().await;
     assert!(!status.success(), "a stranger joined and ended with {status}");
-    let log = cluster.workers[4].log();
+    let log = stranger.log();
     assert!(log.contains("checkpoint_digest"), "it does not say why:\n{log}");
     assert!(!cluster.state().workers.contains_key(&worker_id(4)), "a stranger is registered");
     drill.flows(500).await;

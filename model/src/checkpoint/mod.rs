@@ -139,6 +139,16 @@ impl Checkpoint {
         layout::expert_weights(layer, 0).iter().map(bytes).sum()
     }
 
+    /// That a tensor's pages could not be read.
+    pub(crate) fn unreadable(&self, tensor: &str, error: &std::io::Error) -> Error {
+        let shard = self.files.tensors.get(tensor).map(|located| self.files.shards[located.shard].path.clone());
+        Error::Tensor {
+            file: shard.unwrap_or_default(),
+            tensor: tensor.to_owned(),
+            reason: format!("cannot be read: {error}"),
+        }
+    }
+
     /// Stored bytes of all tensors that the model uses.
     pub fn tensor_bytes(&self) -> u64 {
         self.files.tensors.values().map(|located| located.bytes).sum()

@@ -21,7 +21,7 @@ pub(crate) enum Stored {
 
 impl Stored {
     /// Reads its pages now, see [`Weight::fetch`].
-    pub(crate) fn fetch(&self) {
+    pub(crate) fn fetch(&self) -> std::io::Result<()> {
         match self {
             Self::Plain(weight) | Self::Fp8 { codes: weight, .. } => weight.fetch(),
         }

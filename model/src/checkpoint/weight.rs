@@ -12,9 +12,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::safetensors::Located;
 
-/// The smallest page there is.
-const PAGE: usize = 4096;
-
 /// A tensor of a checkpoint, with the mapping it reads if it has no memory of its own.
 ///
 /// It is read-only: a mapped one must not be changed in place. Views of it (`narrow`, `view`, `shallow_clone`) are good
@@ -65,12 +62,14 @@ impl Weight {
         Self::owned(tch::no_grad(|| self.tensor.to_device_(device, kind, false, false)))
     }
 
-    /// Reads its pages now, so that nobody waits for them later. Whoever calls this waits.
-    pub(crate) fn fetch(&self) {
-        let Some(map) = &self.map else { return };
-        if map.advise(Advice::PopulateRead).is_err() {
-            // An older kernel: one byte of each page does the same.
-            std::hint::black_box(map.iter().step_by(PAGE).fold(0, |sum, byte| sum ^ byte));
+    /// Reads its pages now, so that nobody waits for them later. Whoever calls this waits, and hears of a disk that cannot be
+    /// read: later, a page that does not come would end the process.
+    pub(crate) fn fetch(&self) -> io::Result<()> {
+        let Some(map) = &self.map else { return Ok(()) };
+        match map.advise(Advice::PopulateRead) {
+            // A kernel before 5.14 does not know of it. There, pages come when they are needed.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            outcome => outcome,
         }
     }
 

@@ -175,9 +175,9 @@ fn rescue(draft: &mut Draft<'_>, enough: usize) {
 
 /// An expert that is nobody's is left to who could not load it, who may the next time: to the one that had it to do before.
 fn hope(draft: &mut Draft<'_>, before: &[Vec<usize>]) {
-    for slot in 0..draft.holders.len() {
+    for (slot, before) in before.iter().enumerate() {
         let able = |worker: &usize| draft.fails(slot, *worker) && draft.has_room(*worker);
-        let first = || before[slot].iter().copied().find(able).or_else(|| (0..draft.workers).find(able));
+        let first = || before.iter().copied().find(able).or_else(|| (0..draft.workers).find(able));
         if draft.holders[slot].is_empty()
             && let Some(worker) = first()
         {

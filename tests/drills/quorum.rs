@@ -1,4 +1,4 @@
-//! etcd has three members, and one of them goes.
+//! etcd has three members, and one of them goes; or the one there is has no room left on its disk.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use conclave_tests::{
     eventually::eventually,
     process::Signal,
 };
-use etcd_client::{Client, GetOptions, KeyValue};
+use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions, GetOptions, KeyValue};
 use tokio::task::JoinHandle;
 
 use crate::scene::{self, begin};
@@ -108,4 +108,40 @@ async fn the_leader_of_three_members_freezes() {
         members[leads].signal(Signal::CONT);
     }
     ends(cluster, drill, losses).await;
+}
+
+/// No lease can be granted then and no key written; what is there can be read, kept alive and deleted.
+#[tokio::test]
+async fn the_disk_of_etcd_is_full() {
+    let _alone = scene::alone().await;
+    let etcd = EtcdProcess::start_with(&["--quota-backend-bytes=4194304"]).await;
+    let cluster = scene::builder(WORKERS, 2).store(&etcd.spec()).start().await;
+    let aim = Aim::unnoticed("25", "etcd has no space left, and everybody's lease is revoked", 2);
+    let mut drill = begin(aim, &cluster).await;
+    let mut client = Client::connect([etcd.address()], None).await.expect("etcd answers");
+    drill.fault();
+    let refusal =
+        eventually("etcd to be full", async || client.put("fill", vec![0; 200 << 10], None).await.err()).await;
+    assert!(refusal.to_string().contains("space"), "{refusal}");
+    let listing = client.get(cluster.keys.prefix(), Some(GetOptions::new().with_prefix())).await.expect("etcd answers");
+    for lease in listing.kvs().iter().map(KeyValue::lease).filter(|lease| *lease != 0) {
+        // Another key of the same lease may have had it revoked.
+        let _ = client.lease_revoke(lease).await;
+    }
+    let (short, full) = GONE;
+    drill.goes_on(drill.form().pick(short, full)).await;
+    client.delete("fill", None).await.expect("a full etcd deletes");
+    let now = client.get("nothing", None).await.expect("etcd answers").header().expect("a header").revision();
+    client.compact(now, Some(CompactionOptions::new().with_physical())).await.expect("etcd compacts");
+    client.defragment().await.expect("etcd gives room back");
+    let member = client.status().await.expect("etcd answers").header().expect("a header").member_id();
+    let mut whose = AlarmOptions::new();
+    whose.with_member(member);
+    client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, Some(whose)).await.expect("etcd is disarmed");
+    client.put("nothing", "fits again", None).await.expect("etcd has room again");
+    cluster.until("everybody to be registered", all_there).await;
+    cluster.held(2).await;
+    drill.flows(200).await;
+    drill.over();
+    drill.end().await;
 }

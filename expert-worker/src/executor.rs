@@ -153,23 +153,29 @@ fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant,
     let _ = pending.answer.send(Answer { outcome, queued, computed });
 }
 
-/// One outcome per batch. An expert may have gone since a batch was accepted; the batches that need it are refused, the rest
-/// is computed.
+/// One outcome per batch. Where the group fails as a whole, a batch whose expert has gone since it was accepted is refused, and
+/// each other one is tried alone, so that only the one that cannot be computed is refused.
 fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
     let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
-    let missing: Vec<Vec<u16>> = batches.iter().map(|batch| missing(experts, batch)).collect();
-    if missing.iter().all(Vec::is_empty) {
-        return compute_held(experts, &batches);
-    }
-    let held = batches.into_iter().zip(&missing).filter(|(_, missing)| missing.is_empty());
-    let held: Vec<&ExpertBatch> = held.map(|(batch, _)| batch).collect();
-    let mut computed = compute_held(experts, &held).into_iter();
-    let outcome = |missing: Vec<u16>| match missing.is_empty() {
-        // There is one for each of them.
-        true => computed.next().unwrap_or_else(|| Err(Refusal::Internal("no outcome".to_owned()))),
-        false => Err(Refusal::NotResident(missing)),
+    let reason = match compute_batches(experts, &batches) {
+        Ok(outputs) => return outputs.into_iter().map(Ok).collect(),
+        Err(reason) => reason,
     };
-    missing.into_iter().map(outcome).collect()
+    let alone = |batch: &ExpertBatch| {
+        let missing = missing(experts, batch);
+        if !missing.is_empty() {
+            return Err(Refusal::NotResident(missing));
+        }
+        let outcome = match batches.len() {
+            1 => Err(reason.clone()),
+            _ => compute_batches(experts, &[batch]).map(|mut outputs| outputs.swap_remove(0)),
+        };
+        outcome.map_err(|reason| {
+            tracing::error!(layer = batch.layer, reason, "a batch could not be computed");
+            Refusal::Internal(reason)
+        })
+    };
+    batches.iter().copied().map(alone).collect()
 }
 
 /// The experts of a batch that are not here, ascending.
@@ -179,23 +185,6 @@ fn missing(experts: &Experts, batch: &ExpertBatch) -> Vec<u16> {
     missing.sort_unstable();
     missing.dedup();
     missing
-}
-
-/// Where the group fails as a whole, each batch is tried alone, so that only the one that cannot be computed is refused.
-fn compute_held(experts: &Experts, batches: &[&ExpertBatch]) -> Vec<Result<Vec<f32>, Refusal>> {
-    match compute_batches(experts, batches) {
-        Ok(outputs) => outputs.into_iter().map(Ok).collect(),
-        Err(reason) => {
-            let layer = batches.first().map_or(0, |batch| batch.layer);
-            tracing::error!(layer, batches = batches.len(), reason, "a group could not be computed");
-            if let [_] = batches {
-                return vec![Err(Refusal::Internal(reason))];
-            }
-            let alone =
-                |batch: &&ExpertBatch| compute_batches(experts, &[*batch]).map(|mut outputs| outputs.swap_remove(0));
-            batches.iter().map(|batch| alone(batch).map_err(Refusal::Internal)).collect()
-        }
-    }
 }
 
 /// One output per batch, or what went wrong, a panic included.
@@ -239,7 +228,7 @@ mod tests {
         cannot.batch.rows = 1000;
         cannot.batch.row_ids = vec![999];
         cannot.batch.weights = Some(vec![1.0]);
-        let outcomes = compute_held(&Experts::new(), &[&cannot.batch, &nothing_to_do.batch]);
+        let outcomes = compute_group(&Experts::new(), &[cannot, nothing_to_do]);
         assert!(matches!(&outcomes[0], Err(Refusal::Internal(_))), "{outcomes:?}");
         assert_eq!(outcomes[1], Ok(vec![]));
     }

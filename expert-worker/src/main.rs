@@ -1,7 +1,7 @@
 //! `conclave-expert-worker`: configuration, telemetry, start, ready, drain. The worker itself is in the library.
 //!
-//! Exit status: 0 after a drain, 1 when it could not start or serve or had to leave experts behind, 64 when the configuration is wrong, 130 after a
-//! second signal.
+//! Exit status: 0 after a drain, 1 when it could not start or serve or had to leave experts behind, 64 when the configuration
+//! is wrong, 130 after a second signal.
 
 use std::process::ExitCode;
 

@@ -4,9 +4,8 @@
 //! - **Load** what the plan gives this worker and it lacks: what nobody in the cluster holds comes first, because streams
 //!   wait for it, and no more than memory allows.
 //! - **Release** what the plan no longer gives it, once that cannot hurt: every router has moved on to this plan (or had long
-//!   enough to), and
-//!   every worker that should hold the expert instead holds it and has acted on this plan. The second condition is what
-//!   keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
+//!   enough to), and every worker that should hold the expert instead holds it and has acted on this plan. The second
+//!   condition is what keeps two workers from releasing an expert in trust of each other: a worker that acted on a plan keeps what that plan
 //!   gives it until a later one. Where memory is full and more should come, one such holder is enough: two full workers
 //!   would otherwise wait for each other, each with what the other should have.
 

@@ -45,7 +45,7 @@ pub struct Reconciler<W> {
     /// Since when that plan is known here.
     assigned_at: Instant,
     /// Routers that were said to follow no plan after this.
-    named: HashSet<(PlanVersion, RouterId)>,
+    named: HashSet<RouterId>,
     /// What could not be loaded.
     failures: Failures,
     /// What retires, and when it is over; soonest first.
@@ -309,7 +309,7 @@ impl<W: Weights> Reconciler<W> {
             return Routers::AreWaitedFor;
         }
         for router in state.routers.values().filter(|router| router.plan_version < plan.version) {
-            if self.named.insert((plan.version, router.id.clone())) {
+            if self.named.insert(router.id.clone()) {
                 tracing::warn!(router = %router.id, plan = %plan.version, "a router does not follow, and is waited for no longer");
             }
         }

@@ -21,12 +21,14 @@ use crate::state::{
 
 /// The largest value that is decoded, and the most that one call to the store may carry in values. etcd takes requests of
 /// 1.5 MiB; what is left of that is for keys, of which a transaction has at most 128 of 1 KiB. The largest honest value, a plan
-/// for 1,000 workers and four copies of each of 60 x 384 experts, is 262 KB.
+/// for 1,000 workers and four copies of each of 60 x 384 experts, is 261 KB.
 pub(crate) const MAX_VALUE: usize = 1400 << 10;
 /// More layers than any model has.
 const MAX_LAYERS: usize = 1024;
 /// What an [`crate::ids::ExpertId`] can count.
 const MAX_EXPERTS: usize = 1 << 16;
+/// Workers that one value may name.
+const MAX_WORKERS: usize = 1 << 16;
 const MAX_TEXT: usize = 1024;
 
 /// A value that does not say what it should.

@@ -181,7 +181,7 @@ fn last_known(state: &ClusterState) -> PlanVersion {
 }
 
 /// Copies that living workers are to hold and do not hold yet. One that its worker could not load is not coming.
-fn on_their_way(plan: &Plan, state: &ClusterState) -> usize {
+pub fn on_their_way(plan: &Plan, state: &ClusterState) -> usize {
     let comes = |layer, expert, id: &WorkerId| {
         state
             .workers

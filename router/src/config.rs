@@ -94,10 +94,10 @@ pub struct Config {
     #[arg(long, value_name = "SECONDS", default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=86400))]
     pub rebalance_period: u64,
     /// Balancedness (mean / max load of workers) below which they are moved sooner than that
-    #[arg(long, value_name = "RATIO", default_value_t = 0.5, value_parser = ratio)]
+    #[arg(long, value_name = "RATIO", default_value_t = 0.5, value_parser = config::ratio)]
     pub rebalance_below: f64,
     /// What balancedness must gain for experts to be moved
-    #[arg(long, value_name = "RATIO", default_value_t = 0.05, value_parser = ratio)]
+    #[arg(long, value_name = "RATIO", default_value_t = 0.05, value_parser = config::ratio)]
     pub rebalance_gain: f64,
     /// Further copies per layer, for the experts with the most rows, where memory allows [default: an eighth of a layer's
     /// experts]
@@ -146,12 +146,6 @@ pub enum Hedge {
     Auto,
     /// Never.
     Off,
-}
-
-/// A number from 0 to 1.
-fn ratio(text: &str) -> Result<f64, String> {
-    let ratio: f64 = text.parse().map_err(|error| format!("{error}"))?;
-    if (0.0..=1.0).contains(&ratio) { Ok(ratio) } else { Err("it is not between 0 and 1".to_owned()) }
 }
 
 /// What guesses tokens ahead.

@@ -37,6 +37,12 @@ pub enum Error {
     Print(#[from] toml::ser::Error),
 }
 
+/// A number from 0 to 1, for flags.
+pub fn ratio(text: &str) -> Result<f64, String> {
+    let ratio: f64 = text.parse().map_err(|error| format!("{error}"))?;
+    if (0.0..=1.0).contains(&ratio) { Ok(ratio) } else { Err("it is not between 0 and 1".to_owned()) }
+}
+
 /// The effective configuration of this process. Prints it and exits 0 on `--print-config`; exits 64 with one message
 /// on stderr when anything is wrong. An environment variable that is set but empty counts as not set.
 pub fn load<T: Parser + Serialize>(env_prefix: &str) -> T {

@@ -92,11 +92,7 @@ fn homeless(state: &ClusterState, worker: &WorkerId) -> usize {
     let Some(model) = &state.model else { return 0 };
     // A worker can hold each expert once, and what it holds now it can let go of: one of each is all that must have room.
     let workers = planner::candidates(state).into_iter().filter(|other| other.id != *worker);
-    let room = |other: planner::PlannerWorker| match other.memory_budget / model.expert_bytes.max(1) {
-        _ if other.memory_budget == 0 => usize::MAX,
-        experts => usize::try_from(experts).unwrap_or(usize::MAX),
-    };
-    let rooms = workers.map(room).fold(0, usize::saturating_add);
+    let rooms = workers.map(|other| other.room(model)).fold(0, usize::saturating_add);
     let experts = model.moe_layers.len() * model.experts as usize;
     experts.saturating_sub(rooms)
 }

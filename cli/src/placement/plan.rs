@@ -11,6 +11,7 @@ use conclave_placement::plan::Move;
 use conclave_placement::planner::{self, Problem};
 use conclave_placement::policy::{self, Linted, Planner, Policy};
 use conclave_placement::{ClusterState, Plan};
+use conclave_runtime::config;
 
 use super::file::PlanFile;
 use super::lint::{self, Wanted};
@@ -36,7 +37,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "G")]
     groups: Option<usize>,
     /// What balancedness must gain for experts to move that need not; 1 moves none [default: what the leading router asks]
-    #[arg(long, value_name = "RATIO", value_parser = ratio)]
+    #[arg(long, value_name = "RATIO", value_parser = config::ratio)]
     gain: Option<f64>,
     /// Write the plan there, as `apply` reads it.
     #[arg(long, value_name = "FILE")]
@@ -52,12 +53,6 @@ enum PlannerName {
     Balanced,
     /// DeepSeek's expert-parallel load balancer: from the load alone, for equal workers.
     Eplb,
-}
-
-/// A number from 0 to 1.
-fn ratio(text: &str) -> Result<f64, String> {
-    let ratio: f64 = text.parse().map_err(|_| format!("{text} is no number"))?;
-    if (0.0..=1.0).contains(&ratio) { Ok(ratio) } else { Err(format!("{text} is not between 0 and 1")) }
 }
 
 impl Args {

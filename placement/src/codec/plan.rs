@@ -8,15 +8,12 @@ use bytes::Bytes;
 use conclave_proto::placement::v1 as pb;
 use prost::Message;
 
-use super::{DecodeError, MAX_EXPERTS, MAX_LAYERS, at_most, named, parse, text, wrong};
+use super::{DecodeError, MAX_EXPERTS, MAX_LAYERS, MAX_WORKERS, at_most, named, parse, text, wrong};
 use crate::ids::{LayerIdx, PlanVersion, WorkerId};
 use crate::plan::{PastPlan, Plan};
 
 /// Holders that one expert may have.
 const MAX_REPLICAS: usize = 1024;
-/// Workers that one plan may name.
-const MAX_WORKERS: usize = 1 << 16;
-
 impl PastPlan {
     /// As a value of the store.
     pub fn encode(&self) -> Bytes {

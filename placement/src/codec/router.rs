@@ -9,13 +9,10 @@ use bytes::Bytes;
 use conclave_proto::placement::v1 as pb;
 use prost::Message;
 
-use super::{DecodeError, MAX_EXPERTS, at_most, incarnation, named, parse, text, wrong};
+use super::{DecodeError, MAX_EXPERTS, MAX_WORKERS, at_most, incarnation, named, parse, text, wrong};
 use crate::ids::{PlanVersion, RouterId, WorkerId};
 use crate::policy::{Planner, Policy, Rebalancing};
 use crate::state::RouterRecord;
-
-/// Workers that one record may name.
-const MAX_WORKERS: usize = 65_536;
 
 impl RouterRecord {
     /// As a value of the store.

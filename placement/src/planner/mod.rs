@@ -141,11 +141,7 @@ impl Problem<'_> {
 
     /// How many experts that worker may hold.
     pub(crate) fn room(&self, worker: &PlannerWorker) -> usize {
-        if worker.memory_budget == 0 || self.model.expert_bytes == 0 {
-            return usize::MAX;
-        }
-        let fit = worker.memory_budget / self.model.expert_bytes;
-        usize::try_from(fit).unwrap_or(usize::MAX)
+        worker.room(self.model)
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
@@ -172,6 +168,14 @@ impl Problem<'_> {
 }
 
 impl PlannerWorker {
+    /// How many experts of that model it may hold.
+    pub fn room(&self, model: &ModelIdentity) -> usize {
+        if self.memory_budget == 0 || model.expert_bytes == 0 {
+            return usize::MAX;
+        }
+        usize::try_from(self.memory_budget / model.expert_bytes).unwrap_or(usize::MAX)
+    }
+
     fn known_speed(&self) -> Option<f64> {
         (self.speed.is_finite() && self.speed > 0.0).then_some(self.speed)
     }

@@ -66,7 +66,7 @@ struct Memory {
     /// The balancedness that was the best there was.
     reached: Option<f64>,
     /// The last load of which enough was known: a lull is no reason to forget it.
-    load: Option<Load>,
+    load: Option<Arc<Load>>,
     /// Until when workers that went all at once may come back.
     come_back: Option<Instant>,
     /// Why there is no plan, as it was said last: said once.
@@ -117,7 +117,7 @@ impl Controller {
             return None;
         }
         let last = *memory.last.get_or_insert_with(Instant::now);
-        let urge = self.policy.urge(state, memory.load.as_ref());
+        let urge = self.policy.urge(state, memory.load.as_deref());
         let due = last + memory.pause(urge, self.policy.rebalance.gain, period, state.workers.len())?;
         if due > Instant::now() {
             return Some(due);
@@ -142,19 +142,16 @@ impl Controller {
         });
         self.metrics.balance(balance.unwrap_or_default());
         if known.is_some() {
-            memory.load = known;
+            memory.load = known.map(Arc::new);
         }
-        let on_their_way = match self.policy.urge(state, None) {
-            Urge::Unsettled(copies) => copies,
-            _ => 0,
-        };
+        let on_their_way = state.plan.as_ref().map_or(0, |plan| policy::on_their_way(plan, state));
         self.metrics.on_their_way.set(i64::try_from(on_their_way).unwrap_or(i64::MAX));
     }
 
     /// The plan that is due, made where it may take its time.
     async fn next(&self, state: &Arc<ClusterState>, memory: &mut Memory, may_move: bool) -> Option<Plan> {
         let (policy, state, load) = (self.policy, Arc::clone(state), memory.load.clone());
-        let made = tokio::task::spawn_blocking(move || policy.due(&state, load.as_ref(), may_move)).await;
+        let made = tokio::task::spawn_blocking(move || policy.due(&state, load.as_deref(), may_move)).await;
         let trouble = match made {
             Ok(Ok(Some(linted))) => {
                 log(&linted);

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, ensure};
 use conclave_model::gate::Routing;
 use conclave_model::wire::Encoding;
-use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, WorkerId};
-use conclave_placement::state::{ClusterState, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState};
+use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, WorkerId};
+use conclave_placement::state::{ClusterState, ModelIdentity, WorkerRecord, WorkerState};
 use conclave_router::load::SentRows;
 use conclave_router::moe::{Exchange, Mode};
 use conclave_router::workers::Workers;
@@ -141,18 +141,10 @@ fn state(addresses: &[String]) -> anyhow::Result<ClusterState> {
         let id = WorkerId::parse(&format!("fake-{index}"))?;
         let experts = (index..EXPERTS).step_by(addresses.len());
         let record = WorkerRecord {
-            id: id.clone(),
-            incarnation: Incarnation::fresh(),
-            address: address.clone(),
-            local: None,
             device: "none".to_owned(),
-            memory_budget: 0,
-            speed: 0.0,
             state: WorkerState::Serving,
             resident: experts.map(|expert| (LayerIdx(LAYER), ExpertId(expert as u16))).collect(),
-            failing: Residency::new(),
-            plan_version: PlanVersion::NONE,
-            locality: Locality::default(),
+            ..WorkerRecord::starting(id.clone(), Incarnation::fresh(), address.clone())
         };
         workers.insert(id, record);
     }

@@ -16,10 +16,8 @@ use anyhow::{Context, bail, ensure};
 use bytes::Bytes;
 use conclave_model::gate::Routing;
 use conclave_model::wire::{self as codec, Encoding};
-use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, WorkerId};
-use conclave_placement::state::{
-    ClusterState, LocalSocket, Locality, ModelIdentity, Residency, WorkerRecord, WorkerState,
-};
+use conclave_placement::ids::{ExpertId, Incarnation, LayerIdx, WorkerId};
+use conclave_placement::state::{ClusterState, LocalSocket, ModelIdentity, Residency, WorkerRecord, WorkerState};
 use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_proto::expert::v1 as wire;
 use conclave_proto::expert::v1::combine_batch::Outcome;
@@ -383,18 +381,10 @@ fn cluster(places: &Places, local: bool) -> anyhow::Result<ClusterState> {
     let id = WorkerId::parse("echo")?;
     let socket = || Some(LocalSocket { boot_id: listen::boot_id()?, name: places.local.clone() });
     let worker = WorkerRecord {
-        id: id.clone(),
-        incarnation: Incarnation::fresh(),
-        address: places.exchange.clone(),
         local: local.then(socket).flatten(),
-        device: "cpu".to_owned(),
-        memory_budget: 0,
-        speed: 0.0,
         state: WorkerState::Serving,
         resident,
-        failing: Residency::new(),
-        plan_version: PlanVersion::NONE,
-        locality: Locality::default(),
+        ..WorkerRecord::starting(id.clone(), Incarnation::fresh(), places.exchange.clone())
     };
     Ok(ClusterState { model: Some(model), workers: [(id, worker)].into(), ..ClusterState::empty() })
 }

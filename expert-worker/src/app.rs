@@ -12,21 +12,21 @@ use std::time::Duration;
 
 use conclave_model::checkpoint::{self, Checkpoint};
 use conclave_model::device::{self, Compute};
-use conclave_placement::ids::{Incarnation, InvalidName, PlanVersion, WorkerId, default_name};
+use conclave_placement::ids::{Incarnation, InvalidName, WorkerId, default_name};
 use conclave_placement::keys::Keys;
 use conclave_placement::model_key::{self, IdentityError};
-use conclave_placement::state::{ClusterState, LocalSocket, ModelIdentity, Residency, WorkerRecord, WorkerState};
+use conclave_placement::state::{ClusterState, LocalSocket, ModelIdentity, WorkerRecord};
 use conclave_placement::store::{self, Store};
 use conclave_placement::view::View;
 use conclave_runtime::listen::{self, Listener};
-use conclave_runtime::probes::Probes;
+use conclave_runtime::probes::{Probes, Stage};
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
 use conclave_runtime::tensor_thread::SpawnError;
 use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tonic::transport::server::Router;
@@ -35,6 +35,7 @@ use crate::config::Config;
 use crate::executor::Executor;
 use crate::loader::{self, Loader};
 use crate::metrics::Metrics;
+use crate::readiness;
 use crate::reconcile;
 use crate::reconciler::{Budget, Reconciler};
 use crate::registration::Registration;
@@ -122,17 +123,14 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     let incarnation = Incarnation::fresh();
     let record = WorkerRecord {
         local: local_socket(config, &mut listener, incarnation),
-        id,
-        incarnation,
-        address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listener.local_addr)),
         device: config.device.to_string(),
         memory_budget: prepared.model.published_budget(config.memory.0)?,
-        speed: 0.0,
-        state: WorkerState::Starting,
-        resident: Residency::new(),
-        failing: Residency::new(),
-        plan_version: PlanVersion::NONE,
         locality: config.locality(),
+        ..WorkerRecord::starting(
+            id,
+            incarnation,
+            config.advertise.clone().unwrap_or_else(|| listen::reachable(listener.local_addr)),
+        )
     };
     forget_old_order(&prepared, &record).await;
     let Some(registration) = join(config, shutdown, &prepared, record).await? else { return Ok(None) };
@@ -145,7 +143,7 @@ async fn forget_old_order(prepared: &Prepared, record: &WorkerRecord) {
     if view.current().drains.get(&record.id).is_none_or(|meant| *meant == record.incarnation) {
         return;
     }
-    if !matches!(tokio::time::timeout(TIDY_GRACE, store.delete(&keys.drain(&record.id))).await, Ok(Ok(_))) {
+    if !matches!(timeout(TIDY_GRACE, store.delete(&keys.drain(&record.id))).await, Ok(Ok(_))) {
         tracing::warn!("an order for a former run of this worker stays in the store");
     }
 }
@@ -211,6 +209,8 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     tracing::info!(compute = compute.describe(), "experts are computed");
     let (checkpoint, identity) = loader::open(&config.model).await?;
     let model = Model::new(&checkpoint, identity, compute);
+    // Beyond this, a start only waits for others.
+    probes.set(Stage::Started).await;
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
     model_key::agree(&*store, &keys, &model.identity).await?;
@@ -337,11 +337,18 @@ async fn ordered_to_leave(
 impl Worker {
     /// Serves until told to drain, then leaves in order. Fails when the service ends by itself.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
-        // With or without experts: the first plan waits for workers, so workers must not wait for a plan.
-        self.probes.set(true).await;
-        tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "ready");
+        tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "joined the cluster");
+        let ready = readiness::reached(self.registration.run(), self.view.subscribe());
+        let probes = &self.probes;
+        let ready_then_serving = async {
+            ready.await;
+            probes.set(Stage::Serving).await;
+            tracing::info!("ready");
+            std::future::pending::<Infallible>().await
+        };
         tokio::select! {
-            () = shutdown.draining().cancelled_owned() => match self.drain().await {
+            never = ready_then_serving => match never {},
+            () = shutdown.draining().cancelled_owned() => match self.drain(shutdown).await {
                 0 => Ok(()),
                 experts => Err(Error::LeftBehind { experts }),
             },
@@ -358,20 +365,21 @@ impl Worker {
 
     /// In this order: say that this worker leaves, answer on until others hold its experts, then refuse what is new and
     /// finish what was accepted. Says how many experts nobody else holds.
-    async fn drain(mut self) -> usize {
+    async fn drain(mut self, shutdown: &Shutdown) -> usize {
         let finish_grace = (self.drain_grace / 4).min(FINISH_GRACE);
-        let deadline = Instant::now() + (self.drain_grace - finish_grace);
-        self.probes.set(false).await;
+        let grace = self.drain_grace - finish_grace;
+        let over = self.time_is_over(shutdown, grace);
+        self.probes.set(Stage::Started).await;
         self.registration.drain();
-        match timeout_at(deadline, &mut self.reconciler).await {
+        match timeout(grace, &mut self.reconciler).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!(%error, "the reconciler panicked"),
             Err(_) => tracing::warn!("an expert is being read and does not come: leaving without it"),
         }
-        let left_behind = self.hand_over(deadline).await;
+        let left_behind = self.hand_over(&over).await;
         self.refusing.cancel();
         self.in_flight.close();
-        if tokio::time::timeout(finish_grace, self.in_flight.wait()).await.is_err() {
+        if timeout(finish_grace, self.in_flight.wait()).await.is_err() {
             tracing::warn!(batches = self.in_flight.len(), "leaving with batches in flight: the grace is over");
         }
         self.take_out_order().await;
@@ -391,22 +399,33 @@ impl Worker {
         left_behind
     }
 
-    /// Waits until every expert of this worker is held by one that stays: until `deadline`, or for as long as it takes where
-    /// an operator ordered it, who can end it with a second signal. Says how many experts nobody else holds.
-    async fn hand_over(&self, deadline: Instant) -> usize {
+    /// Cancelled once `grace` has passed. Who is ordered to leave by an operator takes as long as it takes, until a signal
+    /// says that somebody counts.
+    fn time_is_over(&self, shutdown: &Shutdown, grace: Duration) -> CancellationToken {
+        let (over, counts) = (CancellationToken::new(), shutdown.signalled());
+        let (is_over, waits_for_signal) = (over.clone(), self.ordered.load(Relaxed));
+        tokio::spawn(async move {
+            if waits_for_signal {
+                counts.cancelled().await;
+            }
+            tokio::time::sleep(grace).await;
+            is_over.cancel();
+        });
+        over
+    }
+
+    /// Waits until every expert of this worker is held by one that stays, or time is over. Says how many experts nobody else
+    /// holds.
+    async fn hand_over(&self, over: &CancellationToken) -> usize {
         let here = self.resident.snapshot();
         let mut changes = self.view.subscribe();
         let handed_over = changes.wait_for(|state| reconcile::is_handed_over(&self.id, &here.experts, state));
-        let waited = match self.ordered.load(Relaxed) {
-            true => Ok(handed_over.await.map(drop)),
-            false => timeout_at(deadline, handed_over).await.map(|outcome| outcome.map(drop)),
-        };
-        match waited {
-            Ok(Ok(())) => {
+        match over.run_until_cancelled(handed_over).await {
+            Some(Ok(_)) => {
                 tracing::info!(experts = here.experts.len(), "nobody depends on this worker any more");
                 0
             }
-            Ok(Err(_)) | Err(_) => {
+            Some(Err(_)) | None => {
                 let lost = reconcile::left_behind(&self.id, &here.experts, &self.view.current());
                 tracing::warn!(lost, grace = ?self.drain_grace, "leaving though other workers do not hold all of its experts yet");
                 lost
@@ -419,7 +438,7 @@ impl Worker {
         if self.view.current().drains.get(&self.id) != Some(&self.registration.record().incarnation) {
             return;
         }
-        match tokio::time::timeout(TIDY_GRACE, self.store.delete(&self.keys.drain(&self.id))).await {
+        match timeout(TIDY_GRACE, self.store.delete(&self.keys.drain(&self.id))).await {
             Ok(Ok(_)) => {}
             Ok(Err(error)) => tracing::warn!(%error, "the order to leave stays in the store"),
             Err(_) => tracing::warn!("the order to leave stays in the store, which does not answer"),

@@ -6,6 +6,7 @@
 pub mod app;
 pub mod config;
 pub mod registration;
+mod readiness;
 
 // The way of a batch.
 pub mod service;

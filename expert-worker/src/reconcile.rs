@@ -117,4 +117,4 @@ pub fn left_behind(me: &WorkerId, here: &Residency, cluster: &ClusterState) -> u
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use conclave_placement::ids::PlanVersion;
+use conclave_placement::ids::{Incarnation, PlanVersion, WorkerId};
 use conclave_placement::keys::Keys;
 use conclave_placement::membership::Membership;
 use conclave_placement::state::{Residency, WorkerRecord, WorkerState};
@@ -35,6 +35,12 @@ impl Registration {
     ) -> store::Result<Self> {
         let membership = Membership::join(store, keys.worker(&record.id), ttl, record.encode(), stop).await?;
         Ok(Self { current: Mutex::new(Current { record, membership: Some(membership) }) })
+    }
+
+    /// Which run of which worker this is.
+    pub fn run(&self) -> (WorkerId, Incarnation) {
+        let current = self.current.lock();
+        (current.record.id.clone(), current.record.incarnation)
     }
 
     pub fn record(&self) -> WorkerRecord {

@@ -6,6 +6,7 @@
 mod checkpoint;
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -16,9 +17,7 @@ use conclave_expert_worker::config::Config;
 use conclave_placement::ids::{Cluster, ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
 use conclave_placement::keys::Keys;
 use conclave_placement::plan::Plan;
-use conclave_placement::state::{
-    ClusterState, DrainOrder, Locality, Residency, RouterRecord, WorkerRecord, WorkerState,
-};
+use conclave_placement::state::{ClusterState, DrainOrder, Residency, RouterRecord, WorkerRecord, WorkerState};
 use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::serve::serve_memory;
 use conclave_placement::store::{Store, connect};
@@ -29,6 +28,8 @@ use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_client::ExpertWorkerClient;
 use conclave_runtime::channel;
 use conclave_runtime::shutdown::Shutdown;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -83,18 +84,10 @@ impl Setting {
     /// Another worker, as far as its record goes.
     async fn other_holds(&self, experts: &[u16], plan: u64) {
         let other = WorkerRecord {
-            id: other_id(),
-            incarnation: Incarnation::new(7).unwrap(),
-            address: "127.0.0.1:1".to_owned(),
-            local: None,
-            device: "cpu".to_owned(),
-            memory_budget: 0,
-            speed: 0.0,
             state: WorkerState::Serving,
             resident: experts.iter().map(|expert| (LayerIdx(MOE_LAYER), ExpertId(*expert))).collect(),
-            failing: Residency::new(),
             plan_version: PlanVersion(plan),
-            locality: Locality::default(),
+            ..WorkerRecord::starting(other_id(), Incarnation::new(7).unwrap(), "127.0.0.1:1")
         };
         self.store.put(&self.keys.worker(&other.id), other.encode(), None).await.unwrap();
     }
@@ -102,13 +95,12 @@ impl Setting {
     /// A router that dispatches by that plan, as far as its record goes.
     async fn router_follows(&self, plan: u64) {
         let router = RouterRecord {
-            id: RouterId::parse("r").unwrap(),
-            incarnation: Incarnation::new(7).unwrap(),
-            inference_address: "127.0.0.1:1".to_owned(),
-            admin_address: "127.0.0.1:1".to_owned(),
             plan_version: PlanVersion(plan),
-            policy: None,
-            unreachable: BTreeMap::new(),
+            ..RouterRecord::starting(
+                RouterId::parse("r").unwrap(),
+                Incarnation::new(7).unwrap(),
+                ["127.0.0.1:1".to_owned(), "127.0.0.1:1".to_owned()],
+            )
         };
         self.store.put(&self.keys.router(&router.id), router.encode(), None).await.unwrap();
     }
@@ -335,7 +327,8 @@ async fn an_expert_that_moved_away_is_let_go_and_can_come_back() {
     cluster.plan(3, &[0, 1]).await;
     cluster.until_told(&[0, 1]).await;
     assert!(matches!(stream.ask(batch(1001, 1, &[(0, 1)])).await, Outcome::Returned(_)));
-    cluster.other_holds(&[0, 1], 3).await;
+    cluster.plan_for_two(4, &[], &[0, 1]).await;
+    cluster.other_holds(&[0, 1], 4).await;
     shutdown.begin();
     worker.run(&shutdown).await.unwrap();
 }
@@ -369,6 +362,45 @@ async fn a_worker_that_leaves_answers_on_until_others_hold_its_experts() {
     let state = cluster.until(|state| !state.workers.contains_key(&worker_id())).await;
     assert!(state.drains.is_empty(), "the order was carried out");
     assert!(stream.answers.message().await.unwrap().is_none(), "the stream ends in order");
+}
+
+#[tokio::test]
+async fn a_newcomer_is_started_at_once_and_ready_when_its_experts_are_in() {
+    let cluster = Setting::start().await;
+    cluster.other_holds(&[0, 1], 1).await;
+    cluster.plan_for_two(1, &[], &[0, 1]).await;
+    let shutdown = Shutdown::manual();
+    let worker = try_start(&cluster, SEED, &shutdown).await.unwrap();
+    let admin = worker.admin;
+    let running = tokio::spawn({
+        let shutdown = shutdown.clone();
+        async move { worker.run(&shutdown).await }
+    });
+    cluster.until_acted_on(1).await;
+    assert_eq!(
+        (status(admin, "/startupz").await, status(admin, "/readyz").await),
+        (200, 503),
+        "it has been given nothing"
+    );
+    cluster.plan_for_two(2, &[0], &[0, 1]).await;
+    cluster.until_acted_on(2).await;
+    while status(admin, "/readyz").await != 200 {
+        tokio::task::yield_now().await;
+    }
+    cluster.plan_for_two(3, &[0, 1, 2, 3], &[0, 1]).await;
+    cluster.until_acted_on(3).await;
+    assert_eq!(status(admin, "/readyz").await, 200, "what comes later changes nothing");
+    shutdown.begin();
+    running.await.unwrap().unwrap();
+}
+
+/// The status of one plain request to the admin port.
+async fn status(admin: SocketAddr, path: &str) -> u16 {
+    let mut stream = TcpStream::connect(admin).await.unwrap();
+    stream.write_all(format!("GET {path} HTTP/1.0\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
 #[tokio::test]

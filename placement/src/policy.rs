@@ -27,7 +27,7 @@ pub struct Policy {
     pub replicas: u32,
     /// Further copies per layer; `None` is an eighth of a layer's experts.
     pub redundant: Option<u32>,
-    /// The first plan waits for this many workers, so that it need not be made again as each joins.
+    /// The first plan waits a while for this many workers, so that it need not be made again as each joins.
     pub min_workers: usize,
     /// When experts move because of their load.
     pub rebalance: Rebalancing,
@@ -107,7 +107,7 @@ impl Policy {
     ) -> Result<Option<Linted>, planner::Error> {
         let Some(model) = &state.model else { return Ok(None) };
         let workers = planner::candidates(state);
-        if state.plan.is_none() && workers.len() < self.min_workers {
+        if state.plan.is_none() && workers.is_empty() {
             return Ok(None);
         }
         let problem = self.problem(model, &workers, load, may_move);
@@ -135,6 +135,11 @@ impl Policy {
         let gains = matches!(problem.rebalance, Rebalance::IfGain { least, .. }
             if balance(&plan).zip(balance(previous)).is_some_and(|(after, before)| after - before >= least));
         Ok(gains.then_some(plan))
+    }
+
+    /// Whether the first plan is due and fewer workers are there than it should wait for.
+    pub fn lacks_workers(&self, state: &ClusterState) -> bool {
+        state.plan.is_none() && planner::candidates(state).len() < self.min_workers
     }
 
     /// Whether there is a reason to look for a better plan now.

@@ -247,6 +247,26 @@ pub struct WorkerRecord {
     pub locality: Locality,
 }
 
+impl WorkerRecord {
+    /// Of a worker on a processor that starts, and has nothing yet.
+    pub fn starting(id: WorkerId, incarnation: Incarnation, address: impl Into<String>) -> Self {
+        Self {
+            id,
+            incarnation,
+            address: address.into(),
+            local: None,
+            device: "cpu".to_owned(),
+            memory_budget: 0,
+            speed: 0.0,
+            state: WorkerState::Starting,
+            resident: Residency::new(),
+            failing: Residency::new(),
+            plan_version: PlanVersion::NONE,
+            locality: Locality::default(),
+        }
+    }
+}
+
 /// What a worker shares its fate with, as far as somebody said so: an empty name is shared with nobody.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Default)]
 pub struct Locality {
@@ -273,6 +293,21 @@ pub struct RouterRecord {
     pub policy: Option<Policy>,
     /// The runs of workers that it has not been able to use for a while.
     pub unreachable: BTreeMap<WorkerId, Incarnation>,
+}
+
+impl RouterRecord {
+    /// Of a router that starts, and has acted on nothing yet.
+    pub fn starting(id: RouterId, incarnation: Incarnation, [inference, admin]: [String; 2]) -> Self {
+        Self {
+            id,
+            incarnation,
+            inference_address: inference,
+            admin_address: admin,
+            plan_version: PlanVersion::NONE,
+            policy: None,
+            unreachable: BTreeMap::new(),
+        }
+    }
 }
 
 /// Who leads, under the leader's lease.

@@ -1,10 +1,11 @@
 //! One router, wired: a configuration comes in, a process that serves and leaves in order goes out.
 //!
-//! Start: sockets, checkpoint, the model's identity, the view and the links, the engine's thread, and the record last.
+//! Start: sockets, checkpoint and the router's half of the weights, the model's identity, the view and the links, and the
+//! record last. It wants traffic once every expert is in reach for the first time.
 //! End: not ready, what is in flight done, the record out of the store, the engine stopped.
 //! Never here: a decision about requests, batches or experts.
 
-use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
 use conclave_model::{
     cache::{BLOCK_TOKENS, KvCache},
@@ -18,7 +19,7 @@ use conclave_model::{
 };
 use conclave_placement::{
     election::Election,
-    ids::{Incarnation, InvalidName, PlanVersion, RouterId, default_name},
+    ids::{Incarnation, InvalidName, LayerIdx, RouterId, default_name},
     keys::Keys,
     model_key::{self, IdentityError},
     state::{ModelIdentity, RouterRecord},
@@ -27,7 +28,7 @@ use conclave_placement::{
 };
 use conclave_runtime::{
     listen::{self, Listener},
-    probes::Probes,
+    probes::{Probes, Stage},
     server,
     shutdown::Shutdown,
     tensor_thread,
@@ -57,6 +58,9 @@ const SERVICE: &str = "conclave.inference.v1.Inference";
 const ENGINE_GRACE: Duration = Duration::from_secs(5);
 /// How long a registration that is under way may hold up a process that was told to end.
 const JOIN_GRACE: Duration = Duration::from_secs(2);
+
+/// How often a router that is not ready says what it waits for.
+const TELL_WAIT: Duration = Duration::from_secs(10);
 
 /// Why a router could not start or go on.
 #[derive(Debug, thiserror::Error)]
@@ -108,6 +112,9 @@ pub struct Router {
     id: RouterId,
     listen: SocketAddr,
     probes: Probes,
+    workers: Workers,
+    /// What must be in reach: experts in each of these layers.
+    experts: (Vec<LayerIdx>, u32),
     registration: Registration,
     reporter: Reporter,
     election: Election,
@@ -138,6 +145,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Router
 /// What stands before the cluster hears of this router.
 struct Prepared {
     model: Arc<ServedModel>,
+    experts: (Vec<LayerIdx>, u32),
     store: Arc<dyn Store>,
     keys: Keys,
     view: View,
@@ -159,13 +167,17 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     if let Some(name) = &config.model_name {
         model.name.clone_from(name);
     }
+    let identity = identity(&checkpoint, &model);
+    let loaded = load_engine(config, checkpoint).await?;
+    // Beyond this, a start only waits for others.
+    probes.set(Stage::Started).await;
     let store = store::connect(&config.store)?;
     let keys = Keys::new(&config.cluster);
-    let identity = identity(&checkpoint, &model);
     model_key::agree(&*store, &keys, &identity).await?;
 
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
+    let experts = (identity.moe_layers.clone(), identity.experts);
     tokio::spawn(model_key::keep(Arc::clone(&store), keys.clone(), identity, view.subscribe()));
     let workers = Workers::start(view.subscribe(), model.config.hidden_size, end.clone())?;
     metrics::register(&probes.registry, workers.clone());
@@ -202,10 +214,10 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
         queue,
         stop: end.clone(),
     };
-    let engine = start_engine(config, checkpoint, plan).await?;
+    let engine = loaded.begin(plan)?;
     let placement = PlacementMetrics::register(&probes.registry);
     let model = Arc::new(model);
-    Ok(Prepared { model, store, keys, view, workers, sent, placement, scheduler, context_tokens, engine, end })
+    Ok(Prepared { model, experts, store, keys, view, workers, sent, placement, scheduler, context_tokens, engine, end })
 }
 
 /// Reads all of the folder but the weights.
@@ -263,22 +275,32 @@ struct EnginePlan {
     stop: CancellationToken,
 }
 
+/// The engine's thread with the weights mapped; it waits for the rest of what it is made of.
+struct LoadedEngine {
+    begin: oneshot::Sender<EnginePlan>,
+    thread: tensor_thread::Answer<()>,
+}
+
+impl LoadedEngine {
+    fn begin(self, plan: EnginePlan) -> Result<tensor_thread::Answer<()>, Error> {
+        let gone = |_| Error::Engine("its thread is gone".to_owned());
+        self.begin.send(plan).map_err(gone).map(|()| self.thread)
+    }
+}
+
 /// Starts the engine's thread and waits until it has mapped the weights.
-async fn start_engine(
-    config: &Config,
-    checkpoint: Checkpoint,
-    plan: EnginePlan,
-) -> Result<tensor_thread::Answer<()>, Error> {
+async fn load_engine(config: &Config, checkpoint: Checkpoint) -> Result<LoadedEngine, Error> {
     let (compute, threads) = (config.compute(), config.threads);
     let (limits, micro_batch_rows, speculative) = (config.limits(), config.micro_batch_rows(), config.speculative);
-    let EnginePlan { layers, blocks, counters, exchange, queue, stop } = plan;
     let (loaded, is_loaded) = oneshot::channel();
-    let engine = tensor_thread::spawn_local("engine", move || async move {
+    let (begin, begins) = oneshot::channel();
+    let thread = tensor_thread::spawn_local("engine", move || async move {
         init_thread(threads);
         match load(&checkpoint, compute, speculative) {
             Ok((transformer, drafter)) => {
                 // Nobody waits any more where the process was told to end.
                 let _ = loaded.send(Ok(()));
+                let Ok(EnginePlan { layers, blocks, counters, exchange, queue, stop }) = begins.await else { return };
                 let cache = KvCache::new(transformer.config(), compute, layers, blocks);
                 let pool = BlockPool::new(blocks);
                 let engine = Engine { transformer, exchange, cache, pool, limits, micro_batch_rows, drafter, counters };
@@ -290,8 +312,8 @@ async fn start_engine(
         }
     })?;
     match is_loaded.await {
-        Ok(loaded) => loaded.map(|()| engine).map_err(Error::from),
-        Err(_) => Err(Error::Engine(ended(engine.await))),
+        Ok(loaded) => loaded.map(|()| LoadedEngine { begin, thread }).map_err(Error::from),
+        Err(_) => Err(Error::Engine(ended(thread.await))),
     }
 }
 
@@ -302,8 +324,20 @@ async fn serve(
     probes: Probes,
     prepared: Prepared,
 ) -> Result<Router, Error> {
-    let Prepared { model, store, keys, view, workers, sent, placement, scheduler, context_tokens, engine, end } =
-        prepared;
+    let Prepared {
+        model,
+        experts,
+        store,
+        keys,
+        view,
+        workers,
+        sent,
+        placement,
+        scheduler,
+        context_tokens,
+        engine,
+        end,
+    } = prepared;
     let listen = listener.local_addr;
     let id = match &config.id {
         Some(id) => id.clone(),
@@ -327,13 +361,12 @@ async fn serve(
     let server = tokio::spawn(server::serve(router, listener, closing.clone(), config.drain_grace()));
 
     let record = RouterRecord {
-        id: id.clone(),
-        incarnation,
-        inference_address: config.advertise.clone().unwrap_or_else(|| listen::reachable(listen)),
-        admin_address: listen::reachable(probes.address),
-        plan_version: PlanVersion::NONE,
         policy: Some(policy),
-        unreachable: BTreeMap::new(),
+        ..RouterRecord::starting(
+            id.clone(),
+            incarnation,
+            [config.advertise.clone().unwrap_or_else(|| listen::reachable(listen)), listen::reachable(probes.address)],
+        )
     };
     let registration = Registration::join(Arc::clone(&store), &keys, config.lease_ttl(), record, &workers).await?;
     let election = Election::run(Arc::clone(&store), &keys, id.clone(), incarnation, config.lease_ttl(), end.clone());
@@ -346,16 +379,16 @@ async fn serve(
         // The view lives as long as somebody follows it.
         drop(view);
     });
-    Ok(Router { id, listen, probes, registration, reporter, election, server, engine, closing, end })
+    Ok(Router { id, listen, probes, workers, experts, registration, reporter, election, server, engine, closing, end })
 }
 
 impl Router {
     /// Serves until told to drain, then leaves in order. Fails when the engine or the listener ends by itself.
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
-        self.probes.set(true).await;
-        info!(id = %self.id, listen = %self.listen, admin = %self.probes.address, "ready");
+        info!(id = %self.id, listen = %self.listen, admin = %self.probes.address, "joined the cluster");
         let draining = shutdown.draining();
         let result = tokio::select! {
+            never = ready(&self.probes, &self.workers, &self.experts) => match never {},
             () = draining.cancelled() => Ok(()),
             answer = &mut self.engine => Err(Error::Engine(ended(answer))),
             served = &mut self.server => Err(match served {
@@ -363,7 +396,7 @@ impl Router {
                 Ok(Ok(())) | Err(_) => Error::Engine("the public listener ended by itself".to_owned()),
             }),
         };
-        self.probes.set(false).await;
+        self.probes.set(Stage::Started).await;
         // Those who look routers up stop choosing this one before its port closes.
         self.election.resign().await;
         self.registration.leave().await;
@@ -388,6 +421,25 @@ impl Router {
         info!("left the cluster");
         result
     }
+}
+
+/// Wants traffic once every expert has been in reach; then for good. An expert that is missing later stops those who need it,
+/// and if all routers said that they want nothing, it would stop everybody.
+async fn ready(probes: &Probes, workers: &Workers, (layers, experts): &(Vec<LayerIdx>, u32)) -> Infallible {
+    let mut snapshots = workers.watch();
+    let missing = || workers.snapshot().out_of_reach(layers, *experts);
+    let in_reach = snapshots.wait_for(|snapshot| snapshot.out_of_reach(layers, *experts) == 0);
+    let mut in_reach = std::pin::pin!(in_reach);
+    loop {
+        match tokio::time::timeout(TELL_WAIT, &mut in_reach).await {
+            Ok(Ok(_)) => break,
+            Ok(Err(_)) => return std::future::pending().await,
+            Err(_) => info!(experts = missing(), "waiting for experts that no worker within reach holds"),
+        }
+    }
+    probes.set(Stage::Serving).await;
+    info!("ready");
+    std::future::pending().await
 }
 
 fn ended(answer: Result<(), tensor_thread::Error>) -> String {

@@ -1,5 +1,5 @@
-//! The admin port: probes and scrapes come in over plain HTTP (`/livez`, `/readyz`, `/metrics`) and gRPC health on the
-//! same port; state the process already has goes out. It changes nothing and never shows a request's content.
+//! The admin port: probes and scrapes come in over plain HTTP (`/livez`, `/startupz`, `/readyz`, `/metrics`) and gRPC
+//! health on the same port; state the process already has goes out. It changes nothing and never shows a request's content.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,6 +13,7 @@ use tonic::service::Routes;
 
 use crate::health::Health;
 use crate::listen::Listener;
+use crate::probes::Stage;
 use crate::server;
 
 /// The process's metrics. Lock it to register; `/metrics` locks it to write them out.
@@ -28,8 +29,8 @@ const GRACE: Duration = Duration::from_secs(1);
 /// What the admin port shows.
 #[derive(Debug, Clone)]
 pub struct AdminState {
-    /// True while the process wants traffic.
-    pub ready: watch::Receiver<bool>,
+    /// How far the process is.
+    pub stage: watch::Receiver<Stage>,
     pub registry: Registry,
     pub health: Health,
 }
@@ -41,17 +42,26 @@ pub fn registry() -> Registry {
 
 /// Serves the admin port until `stop` is cancelled.
 ///
-/// `/livez` answers 200 while the process runs; `/readyz` 200 or 503; `/metrics` OpenMetrics text.
+/// `/livez` answers 200 while the process runs; `/startupz` once it has started, `/readyz` while it wants traffic, else 503;
+/// `/metrics` OpenMetrics text.
 pub async fn serve(listener: Listener, state: AdminState, stop: CancellationToken) -> Result<(), server::Error> {
-    let AdminState { ready, registry, health } = state;
+    let AdminState { stage, registry, health } = state;
+    let ready = stage.clone();
     let routes = Routes::new(health.service())
         .into_axum_router()
         .route("/livez", get(async || "ok\n"))
         .route(
             "/readyz",
             get(async move || match *ready.borrow() {
-                true => (StatusCode::OK, "ready\n"),
-                false => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+                Stage::Serving => (StatusCode::OK, "ready\n"),
+                Stage::Starting | Stage::Started => (StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+            }),
+        )
+        .route(
+            "/startupz",
+            get(async move || match *stage.borrow() {
+                Stage::Started | Stage::Serving => (StatusCode::OK, "started\n"),
+                Stage::Starting => (StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
             }),
         )
         .route("/metrics", get(async move || metrics(&registry)));

@@ -1,7 +1,7 @@
 //! The admin port of a process, from its first moment to its last, so that a probe can see it start and drain.
 //!
-//! In: whether the process wants traffic. Out: the same, as readiness and as gRPC health of one service and of the
-//! whole process. Never here: a decision about it.
+//! In: how far the process is. Out: the same, as startup and readiness, and as gRPC health of one service and of the whole
+//! process. Never here: a decision about it.
 
 use std::{net::SocketAddr, sync::Arc};
 
@@ -14,6 +14,17 @@ use crate::{
     listen::Listener,
 };
 
+/// How far a process is, by what it has done and not by how its peers or the store are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Reads what it needs to run at all.
+    Starting,
+    /// Has that, and wants no traffic: not yet, or not any more.
+    Started,
+    /// Wants traffic.
+    Serving,
+}
+
 /// What probes and scrapes see.
 #[derive(Debug)]
 pub struct Probes {
@@ -24,28 +35,29 @@ pub struct Probes {
     /// To register metrics with.
     pub registry: Registry,
     service: &'static str,
-    ready: watch::Sender<bool>,
+    stage: watch::Sender<Stage>,
 }
 
 impl Probes {
     /// Serves the admin port until the process ends. `service` is the full name of what this process is there for.
     pub async fn serve(listener: Listener, service: &'static str) -> Self {
-        let (ready, is_ready) = watch::channel(false);
+        let (stage, is_at) = watch::channel(Stage::Starting);
         let (health, registry) = (Health::new().await, admin::registry());
         health.set(service, false).await;
-        let state = AdminState { ready: is_ready, registry: Arc::clone(&registry), health: health.clone() };
+        let state = AdminState { stage: is_at, registry: Arc::clone(&registry), health: health.clone() };
         let address = listener.local_addr;
         tokio::spawn(async move {
             if let Err(error) = admin::serve(listener, state, CancellationToken::new()).await {
                 tracing::error!(%error, "the admin port is gone");
             }
         });
-        Self { address, health, registry, service, ready }
+        Self { address, health, registry, service, stage }
     }
 
-    /// Says whether the process wants traffic.
-    pub async fn set(&self, serving: bool) {
-        self.ready.send_replace(serving);
+    /// Says how far the process is.
+    pub async fn set(&self, stage: Stage) {
+        self.stage.send_replace(stage);
+        let serving = stage == Stage::Serving;
         self.health.set(self.service, serving).await;
         self.health.set("", serving).await;
     }

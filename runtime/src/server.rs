@@ -141,6 +141,7 @@ mod tests {
     use super::*;
     use crate::admin::{self, AdminState};
     use crate::health::Health;
+    use crate::probes::Stage;
     use crate::{channel, listen};
 
     #[tokio::test]
@@ -198,16 +199,24 @@ mod tests {
         let rows = prometheus_client::metrics::counter::Counter::<u64>::default();
         registry.lock().register("rows", "Rows seen", rows.clone());
         rows.inc_by(3);
-        let (set_ready, ready) = watch::channel(false);
+        let (stage, is_at) = watch::channel(Stage::Starting);
         let health = Health::new().await;
         let stop = CancellationToken::new();
-        let state = AdminState { ready, registry: Arc::clone(&registry), health: health.clone() };
+        let state = AdminState { stage: is_at, registry: Arc::clone(&registry), health: health.clone() };
         let serving = tokio::spawn(admin::serve(listener, state, stop.clone()));
 
         assert!(http_get(address, "/livez").await.starts_with("HTTP/1.1 200"));
-        assert!(http_get(address, "/readyz").await.starts_with("HTTP/1.1 503"));
-        set_ready.send(true).unwrap();
-        assert!(http_get(address, "/readyz").await.starts_with("HTTP/1.1 200"));
+        for (now, started, ready) in [
+            (Stage::Starting, 503, 503),
+            (Stage::Started, 200, 503),
+            (Stage::Serving, 200, 200),
+            (Stage::Started, 200, 503),
+        ] {
+            stage.send_replace(now);
+            for (path, status) in [("/startupz", started), ("/readyz", ready)] {
+                assert!(http_get(address, path).await.starts_with(&format!("HTTP/1.1 {status}")), "{path} of {now:?}");
+            }
+        }
         let metrics = http_get(address, "/metrics").await;
         assert!(metrics.contains("application/openmetrics-text"), "{metrics}");
         assert!(metrics.contains("conclave_rows_total 3") && metrics.ends_with("# EOF\n"), "{metrics}");

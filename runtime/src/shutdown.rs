@@ -10,6 +10,8 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     draining: CancellationToken,
+    /// By a signal, after which whoever sent it counts the seconds.
+    signalled: CancellationToken,
 }
 
 impl Shutdown {
@@ -19,7 +21,7 @@ impl Shutdown {
         let shutdown = Self::manual();
         match (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) {
             (Ok(terminate), Ok(interrupt)) => {
-                tokio::spawn(watch(terminate, interrupt, shutdown.draining.clone()));
+                tokio::spawn(watch(terminate, interrupt, shutdown.clone()));
             }
             (Err(error), _) | (_, Err(error)) => {
                 tracing::error!(%error, "cannot listen for signals: SIGTERM and SIGINT will end this process at once");
@@ -30,7 +32,7 @@ impl Shutdown {
 
     /// Begins only when told to by [`Shutdown::begin`]: for tests, and for processes inside a process.
     pub fn manual() -> Self {
-        Self { draining: CancellationToken::new() }
+        Self { draining: CancellationToken::new(), signalled: CancellationToken::new() }
     }
 
     /// Starts the drain as a signal would, for a process that must end for a reason of its own.
@@ -43,6 +45,11 @@ impl Shutdown {
         self.draining.clone()
     }
 
+    /// Cancelled by the first signal, also where the process drains already for a reason of its own.
+    pub fn signalled(&self) -> CancellationToken {
+        self.signalled.clone()
+    }
+
     /// Ends `limit` after the drain began: the moment to stop waiting for what is still in flight.
     pub async fn grace(&self, limit: Duration) {
         self.draining.cancelled().await;
@@ -50,7 +57,7 @@ impl Shutdown {
     }
 }
 
-async fn watch(mut terminate: Signal, mut interrupt: Signal, draining: CancellationToken) {
+async fn watch(mut terminate: Signal, mut interrupt: Signal, shutdown: Shutdown) {
     let mut next = async || {
         tokio::select! {
             _ = terminate.recv() => "SIGTERM",
@@ -59,7 +66,8 @@ async fn watch(mut terminate: Signal, mut interrupt: Signal, draining: Cancellat
     };
     let signal = next().await;
     tracing::info!(signal, "draining; a second signal ends the process at once");
-    draining.cancel();
+    shutdown.signalled.cancel();
+    shutdown.begin();
     let signal = next().await;
     tracing::warn!(signal, "second signal: leaving without a drain");
     // The operator asked for exactly this: no drain and no Drop.

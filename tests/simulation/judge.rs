@@ -15,18 +15,20 @@ use conclave_placement::{
 use crate::scenario::Scenario;
 
 /// What is wrong with a plan that was written after `previous`. It must be right for at least one of the moments that its
-/// author may have seen, of which the likeliest comes first. By a moment without enough workers nobody plans.
+/// author may have seen, of which the likeliest comes first. By a moment without enough workers nobody plans; the first plan
+/// needs `least`.
 pub fn faults<'a>(
     scenario: &Scenario,
     plan: &Plan,
     previous: Option<&Plan>,
+    least: usize,
     moments: impl Iterator<Item = &'a ClusterState>,
 ) -> Option<String> {
     let before = previous.map_or(0, |plan| plan.version.0);
     if plan.parent.0 != before || plan.version.0 <= before {
         return Some(format!("plan {} names {} as its parent, {before} was in force", plan.version, plan.parent));
     }
-    let least = if previous.is_none() { scenario.policy.min_workers } else { 1 };
+    let least = if previous.is_none() { least } else { 1 };
     let mut likeliest = None;
     for moment in moments {
         let workers = candidates(moment);
@@ -109,8 +111,7 @@ pub fn unsettled(
         return Some(format!("{} has not left yet", leaving.id));
     }
     let Some(plan) = &state.plan else {
-        let is_due = candidates(state).len() >= scenario.policy.min_workers;
-        return is_due.then(|| "there is no plan".into());
+        return (!candidates(state).is_empty()).then(|| "there is no plan".into());
     };
     if let Some(behind) = state.routers.values().find(|router| router.plan_version != plan.version) {
         return Some(format!("{} dispatches by plan {}, not {}", behind.id, behind.plan_version, plan.version));

@@ -3,7 +3,7 @@
 //! In: one router of the scenario, its way to the store, the traffic. Out: a life like that of the real process (`app` and
 //! `registration` of conclave-router are what this follows). Never here: a tensor, a socket, a decision.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use conclave_placement::{
     election::Election,
@@ -52,15 +52,7 @@ impl Run {
         model_key::agree(&*store, keys, &scenario.model).await?;
         let end = CancellationToken::new();
         let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
-        let record = RouterRecord {
-            id: id.clone(),
-            incarnation: Incarnation::fresh(),
-            inference_address: format!("{id}:1"),
-            admin_address: format!("{id}:2"),
-            plan_version: PlanVersion::NONE,
-            policy: None,
-            unreachable: BTreeMap::new(),
-        };
+        let record = RouterRecord::starting(id.clone(), Incarnation::fresh(), [format!("{id}:1"), format!("{id}:2")]);
         let (key, value, incarnation) = (keys.router(id), record.encode(), record.incarnation);
         let membership = Membership::join(Arc::clone(&store), key, scenario.ttl, value, end.clone()).await?;
         let election = Election::run(Arc::clone(&store), keys, id.clone(), incarnation, scenario.ttl, end.clone());

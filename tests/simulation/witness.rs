@@ -16,6 +16,7 @@ use conclave_placement::{
     state::{ClusterState, DrainOrder, LeaderRecord, Residency, RouterRecord, WorkerRecord},
     store::Event,
 };
+use conclave_router::control::FIRST_PLAN_WITHIN;
 use parking_lot::Mutex;
 
 use crate::{judge, scenario::Scenario};
@@ -175,7 +176,9 @@ impl Witness {
         seen.tell(said);
         seen.forget_moments();
         let moments = seen.moments.iter().rev().map(|(_, moment)| moment);
-        let faults = judge::faults(&self.scenario, &plan, seen.state.plan.as_deref(), moments);
+        // The first plan waits for workers, but not for ever.
+        let least = if seen.now < FIRST_PLAN_WITHIN { self.scenario.policy.min_workers } else { 1 };
+        let faults = judge::faults(&self.scenario, &plan, seen.state.plan.as_deref(), least, moments);
         if let Some(fault) = faults {
             seen.accuse(fault);
         }

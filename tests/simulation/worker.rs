@@ -14,7 +14,7 @@ use conclave_expert_worker::{
     residency::Resident,
 };
 use conclave_placement::{
-    ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, WorkerId},
+    ids::{ExpertId, Incarnation, LayerIdx, WorkerId},
     keys::Keys,
     model_key,
     plan::Plan,
@@ -106,18 +106,9 @@ impl Run {
 
 fn record(worker: &Worker, budget: Budget) -> WorkerRecord {
     WorkerRecord {
-        id: worker.id.clone(),
-        incarnation: Incarnation::fresh(),
-        local: None,
-        address: format!("{}:1", worker.id),
-        device: "cpu".into(),
         memory_budget: budget.bytes,
-        speed: 0.0,
-        state: WorkerState::Starting,
-        resident: Residency::new(),
-        failing: Residency::new(),
-        plan_version: PlanVersion::NONE,
         locality: worker.locality.clone(),
+        ..WorkerRecord::starting(worker.id.clone(), Incarnation::fresh(), format!("{}:1", worker.id))
     }
 }
 

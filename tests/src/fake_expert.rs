@@ -22,9 +22,9 @@ use conclave_model::{
     wire,
 };
 use conclave_placement::{
-    ids::{ExpertId, Incarnation, PlanVersion, WorkerId},
+    ids::{ExpertId, Incarnation, WorkerId},
     membership::Membership,
-    state::{Locality, ModelIdentity, Residency, WorkerRecord, WorkerState},
+    state::{ModelIdentity, Residency, WorkerRecord, WorkerState},
 };
 use conclave_proto::expert::v1::{
     CombineBatch, CombineMode, DispatchBatch, Encoding, GetInventoryRequest, GetInventoryResponse, Refused,
@@ -139,20 +139,7 @@ fn record(id: WorkerId, address: String, model: &ModelIdentity) -> WorkerRecord 
             resident.insert(layer, ExpertId(u16::try_from(expert).expect("expert ids are u16")));
         }
     }
-    WorkerRecord {
-        id,
-        incarnation: Incarnation::fresh(),
-        address,
-        local: None,
-        device: "cpu".into(),
-        memory_budget: 0,
-        speed: 0.0,
-        state: WorkerState::Serving,
-        resident,
-        failing: Residency::new(),
-        plan_version: PlanVersion::NONE,
-        locality: Locality::default(),
-    }
+    WorkerRecord { state: WorkerState::Serving, resident, ..WorkerRecord::starting(id, Incarnation::fresh(), address) }
 }
 
 /// The real experts, on a thread of their own as libtorch wants it.

@@ -26,11 +26,10 @@ async fn a_worker_killed_mid_answer_changes_no_token() {
 
 #[tokio::test]
 async fn a_worker_asked_to_leave_mid_answer_changes_no_token() {
-    loses_a_worker_mid_answer(async |worker| {
-        let status = worker.terminate().await;
-        assert!(status.success(), "a drained worker ended with {status}:\n{}", worker.log());
-    })
-    .await;
+    let mut cluster = loses_a_worker_mid_answer(async |worker| worker.signal(Signal::TERM)).await;
+    let worker = &mut cluster.workers[0];
+    let status = worker.ended().await;
+    assert!(status.success(), "a drained worker ended with {status}:\n{}", worker.log());
 }
 
 #[tokio::test]
@@ -38,7 +37,7 @@ async fn a_worker_frozen_mid_answer_changes_no_token() {
     loses_a_worker_mid_answer(async |worker| worker.signal(Signal::STOP)).await;
 }
 
-async fn loses_a_worker_mid_answer(lose: impl AsyncFnOnce(&mut Process)) {
+async fn loses_a_worker_mid_answer(lose: impl AsyncFnOnce(&mut Process)) -> Cluster {
     let golden = Golden::named("v3");
     let prompt = &golden.cases[0].prompt;
     let mut cluster =
@@ -56,6 +55,7 @@ async fn loses_a_worker_mid_answer(lose: impl AsyncFnOnce(&mut Process)) {
     assert_eq!(answer.ids(), undisturbed);
     assert!(cluster.inventory(1).await.rows_total > computed, "the answer was complete before the worker was lost");
     assert_eq!(client.generate(prompt, DRAWN).await.ids(), undisturbed, "the next answer");
+    cluster
 }
 
 #[tokio::test]

@@ -2,7 +2,12 @@
 
 use std::{collections::BTreeSet, path::Path};
 
-use conclave_placement::store::{self, Store};
+use conclave_model::{checkpoint::Checkpoint, device::Compute};
+use conclave_placement::{
+    ids::WorkerId,
+    state::{DrainOrder, WorkerState},
+    store::{self, Store},
+};
 use conclave_tests::{
     client::{Client, greedy},
     cluster::Cluster,
@@ -64,6 +69,30 @@ async fn serving_outlives_etcd_and_everybody_registers_again() {
     })
     .await;
     assert_eq!(client.generate(prompt, DRAWN).await.ids(), undisturbed, "after all registered again");
+}
+
+#[tokio::test]
+async fn a_signal_ends_a_drain_that_an_operator_ordered_and_that_cannot_end() {
+    let golden = Golden::named("v3");
+    let checkpoint = Checkpoint::open(&golden.folder).expect("a golden model opens");
+    let config = checkpoint.config();
+    let experts = config.moe_layers().count() * config.n_routed_experts;
+    // Room for half of them each: nobody could take over what the other holds.
+    let memory = experts.div_ceil(2) as u64 * checkpoint.resident_expert_bytes(Compute::REFERENCE);
+    let arguments = [format!("--memory={memory}"), "--drain-grace=1".to_owned()];
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut cluster = Cluster::builder(&golden.folder).workers(2).worker_arguments(&arguments).start().await;
+    let worker = WorkerId::parse("worker-0").expect("a name");
+    let order = DrainOrder { incarnation: cluster.state().workers[&worker].incarnation };
+    cluster.store.put(&cluster.keys.drain(&worker), order.encode(), None).await.expect("the store answers");
+    cluster.until("the drain to begin", |state| state.workers[&worker].state == WorkerState::Draining).await;
+    let client = cluster.client(0).await;
+    client.generate(&golden.cases[0].prompt, 8).await.ids();
+    assert!(cluster.workers[0].is_running(), "an order alone has all the time it needs");
+    let status = cluster.workers[0].terminate().await;
+    assert_eq!(status.code(), Some(1), "experts were left behind");
+    cluster.worker_gone(0).await;
+    assert!(cluster.state().drains.is_empty(), "the order was carried out as well as could be");
 }
 
 async fn leased_keys(etcd: &mut etcd_client::Client, prefix: &str) -> BTreeSet<(String, i64)> {

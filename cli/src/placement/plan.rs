@@ -66,7 +66,6 @@ impl Args {
             None => {}
         }
         policy.rebalance.gain = self.gain.unwrap_or(policy.rebalance.gain);
-        policy.min_workers = 1;
         Ok(policy)
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use conclave_placement::ids::{Incarnation, RouterId};
-use conclave_placement::state::{Locality, RouterRecord};
+use conclave_placement::state::RouterRecord;
 use proptest::prelude::*;
 
 use super::*;
@@ -19,25 +19,17 @@ fn residency(experts: &[u16]) -> Residency {
     experts.iter().map(|expert| (LAYER, ExpertId(*expert))).collect()
 }
 
-fn worker(name: &str, plan: u64, resident: &[u16]) -> WorkerRecord {
+pub(crate) fn worker(name: &str, plan: u64, resident: &[u16]) -> WorkerRecord {
     WorkerRecord {
-        id: id(name),
-        incarnation: Incarnation::new(7).unwrap(),
-        address: "127.0.0.1:7500".into(),
-        local: None,
-        device: "cpu".into(),
-        memory_budget: 0,
-        speed: 0.0,
         state: WorkerState::Serving,
         resident: residency(resident),
-        failing: Residency::new(),
         plan_version: PlanVersion(plan),
-        locality: Locality::default(),
+        ..WorkerRecord::starting(id(name), Incarnation::new(7).unwrap(), "127.0.0.1:7500")
     }
 }
 
 /// Plan `version`: expert `e` belongs to `holders[e]`.
-fn plan(version: u64, holders: &[&[&str]]) -> Plan {
+pub(crate) fn plan(version: u64, holders: &[&[&str]]) -> Plan {
     let holders = holders.iter().map(|names| names.iter().map(|name| id(name)).collect()).collect();
     Plan {
         version: PlanVersion(version),
@@ -49,17 +41,16 @@ fn plan(version: u64, holders: &[&[&str]]) -> Plan {
 }
 
 /// A cluster with these workers, and one router that dispatches by plan `routed`.
-fn cluster(workers: Vec<WorkerRecord>, plan: Plan, routed: u64) -> ClusterState {
+pub(crate) fn cluster(workers: Vec<WorkerRecord>, plan: Plan, routed: u64) -> ClusterState {
     let mut state = ClusterState::empty();
     state.workers = workers.into_iter().map(|worker| (worker.id.clone(), worker)).collect();
     let router = RouterRecord {
-        id: RouterId::parse("r").unwrap(),
-        incarnation: Incarnation::new(7).unwrap(),
-        inference_address: "127.0.0.1:7400".into(),
-        admin_address: "127.0.0.1:7600".into(),
         plan_version: PlanVersion(routed),
-        policy: None,
-        unreachable: BTreeMap::new(),
+        ..RouterRecord::starting(
+            RouterId::parse("r").unwrap(),
+            Incarnation::new(7).unwrap(),
+            ["127.0.0.1:7400".into(), "127.0.0.1:7600".into()],
+        )
     };
     state.routers.insert(router.id.clone(), router);
     state.plan = Some(Arc::new(plan));

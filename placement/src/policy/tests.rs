@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::*;
 use crate::ids::{ExpertId, Incarnation, LayerIdx, PlanVersion, RouterId};
-use crate::state::{Locality, Residency, RouterRecord, WorkerRecord, WorkerState};
+use crate::state::{RouterRecord, WorkerRecord, WorkerState};
 
 const EXPERTS: u16 = 8;
 const LAYER: LayerIdx = LayerIdx(1);
@@ -21,18 +21,8 @@ fn id(name: &str) -> WorkerId {
 
 fn worker(name: &str) -> WorkerRecord {
     WorkerRecord {
-        id: id(name),
-        incarnation: Incarnation::new(7).unwrap(),
-        address: "127.0.0.1:7500".into(),
-        local: None,
-        device: "cpu".into(),
-        memory_budget: 0,
-        speed: 0.0,
         state: WorkerState::Serving,
-        resident: Residency::new(),
-        failing: Residency::new(),
-        plan_version: PlanVersion::NONE,
-        locality: Locality::default(),
+        ..WorkerRecord::starting(id(name), Incarnation::new(7).unwrap(), "127.0.0.1:7500")
     }
 }
 
@@ -180,17 +170,17 @@ fn a_worker_that_no_router_reaches_is_of_no_use() {
     let plan = due(&policy(1), &state, false).unwrap();
     carry_out(&mut state, plan);
     let router = |name: &str, reaches_b: bool| RouterRecord {
-        id: RouterId::parse(name).unwrap(),
-        incarnation: Incarnation::new(3).unwrap(),
-        inference_address: "a:1".into(),
-        admin_address: "a:2".into(),
         plan_version: PlanVersion(1),
-        policy: None,
         unreachable: if reaches_b {
             BTreeMap::new()
         } else {
             BTreeMap::from([(id("b"), Incarnation::new(7).unwrap())])
         },
+        ..RouterRecord::starting(
+            RouterId::parse(name).unwrap(),
+            Incarnation::new(3).unwrap(),
+            ["a:1".into(), "a:2".into()],
+        )
     };
     let mut tell =
         |name: &str, reaches_b| state.routers.insert(RouterId::parse(name).unwrap(), router(name, reaches_b));

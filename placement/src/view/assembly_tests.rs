@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::ids::{Cluster, Incarnation, LayerIdx, PlanVersion, RouterId, WorkerId};
-use crate::state::{Locality, Residency, WorkerState};
+use crate::state::WorkerState;
 
 fn keys() -> Keys {
     Keys::new(&Cluster::parse("c").unwrap())
@@ -15,31 +15,18 @@ fn keys() -> Keys {
 
 fn worker(name: &str, plan: u64) -> WorkerRecord {
     WorkerRecord {
-        id: WorkerId::parse(name).unwrap(),
-        incarnation: Incarnation::new(7).unwrap(),
-        address: "127.0.0.1:7500".into(),
-        local: None,
-        device: "cpu".into(),
-        memory_budget: 0,
-        speed: 0.0,
         state: WorkerState::Serving,
-        resident: Residency::new(),
-        failing: Residency::new(),
         plan_version: PlanVersion(plan),
-        locality: Locality::default(),
+        ..WorkerRecord::starting(WorkerId::parse(name).unwrap(), Incarnation::new(7).unwrap(), "127.0.0.1:7500")
     }
 }
 
 fn router(name: &str) -> RouterRecord {
-    RouterRecord {
-        id: RouterId::parse(name).unwrap(),
-        incarnation: Incarnation::new(7).unwrap(),
-        inference_address: "127.0.0.1:7400".into(),
-        admin_address: "127.0.0.1:7600".into(),
-        plan_version: PlanVersion::NONE,
-        policy: None,
-        unreachable: BTreeMap::new(),
-    }
+    RouterRecord::starting(
+        RouterId::parse(name).unwrap(),
+        Incarnation::new(7).unwrap(),
+        ["127.0.0.1:7400".into(), "127.0.0.1:7600".into()],
+    )
 }
 
 fn plan(version: u64) -> Plan {

@@ -10,7 +10,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
-use conclave_placement::state::{Locality, Residency, WorkerRecord, WorkerState};
+use conclave_placement::state::{WorkerRecord, WorkerState};
 use conclave_placement::store::etcd::EtcdStore;
 use conclave_placement::store::memory::MemoryStore;
 use conclave_placement::store::serve::serve_memory;
@@ -52,17 +52,8 @@ pub(crate) fn keys() -> Keys {
 
 pub(crate) fn worker(name: &str, plan: u64) -> WorkerRecord {
     WorkerRecord {
-        id: WorkerId::parse(name).expect("a name"),
-        incarnation: Incarnation::fresh(),
-        address: "127.0.0.1:7500".into(),
-        local: None,
-        device: "cpu".into(),
-        memory_budget: 0,
-        speed: 0.0,
         state: WorkerState::Serving,
-        resident: Residency::new(),
-        failing: Residency::new(),
         plan_version: PlanVersion(plan),
-        locality: Locality::default(),
+        ..WorkerRecord::starting(WorkerId::parse(name).expect("a name"), Incarnation::fresh(), "127.0.0.1:7500")
     }
 }

@@ -36,6 +36,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const SOONER: u32 = 6;
 /// Where most workers went at once, they may come back for so long before their experts are placed elsewhere.
 const COME_BACK: Duration = Duration::from_secs(5);
+/// How long the first plan waits for all of the workers that it should wait for, once the first of them is there.
+pub const FIRST_PLAN_WITHIN: Duration = Duration::from_secs(60);
 /// What the linter says of one plan, in the log.
 const NOTES_LOGGED: usize = 5;
 
@@ -69,6 +71,8 @@ struct Memory {
     load: Option<Arc<Load>>,
     /// Until when workers that went all at once may come back.
     come_back: Option<Instant>,
+    /// Until when the first plan waits for all workers.
+    first_plan: Option<Instant>,
     /// Why there is no plan, as it was said last: said once.
     trouble: Option<String>,
 }
@@ -106,7 +110,7 @@ impl Controller {
     /// Publishes the next plan if one is due. Says when to look again though nothing has changed.
     async fn reconcile(&self, state: &Arc<ClusterState>, memory: &mut Memory, term: Term) -> Option<Instant> {
         self.observe(state, memory);
-        if let Some(until) = memory.waits_for_workers(state) {
+        if let Some(until) = memory.waits_for_workers(state, &self.policy) {
             return Some(until);
         }
         if let Some(plan) = self.next(state, memory, false).await {
@@ -196,8 +200,22 @@ impl Controller {
 }
 
 impl Memory {
-    /// Until when nothing is planned, because most workers went at once and may come back.
-    fn waits_for_workers(&mut self, state: &ClusterState) -> Option<Instant> {
+    /// Until when nothing is planned, because most workers have yet to come, or went at once and may come back.
+    fn waits_for_workers(&mut self, state: &ClusterState, policy: &Policy) -> Option<Instant> {
+        if !policy.lacks_workers(state) || state.workers.is_empty() {
+            self.first_plan = None;
+        } else {
+            let now = Instant::now();
+            let until = *self.first_plan.get_or_insert(now + FIRST_PLAN_WITHIN);
+            if until > now {
+                return Some(until);
+            }
+            let (there, wanted) = (state.workers.len(), policy.min_workers);
+            warn!(
+                there,
+                wanted, "the first plan has waited long enough for workers: it is made for those that are there"
+            );
+        }
         if !policy::is_decimated(state) {
             self.come_back = None;
             return None;
@@ -235,3 +253,6 @@ fn log(linted: &policy::Linted) {
         warn!(version, more, "plan: see `conclave placement lint`");
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -40,6 +40,12 @@ struct Held {
     spare: Vec<u32>,
 }
 
+impl Held {
+    fn is_some(&self) -> bool {
+        !self.planned.is_empty() || !self.spare.is_empty()
+    }
+}
+
 /// Who can be asked for what.
 #[derive(Clone, Debug)]
 pub struct Snapshot {
@@ -101,6 +107,14 @@ impl Snapshot {
         for (worker, relative) in self.workers.iter_mut().zip(relative) {
             worker.speed = relative;
         }
+    }
+
+    /// How many of `experts` experts in each of `layers` nobody can be asked for.
+    pub fn out_of_reach(&self, layers: &[LayerIdx], experts: u32) -> usize {
+        let reached = |layer: &LayerIdx| {
+            self.holders.get(&layer.0).map_or(0, |held| held.iter().filter(|held| held.is_some()).count())
+        };
+        layers.iter().map(|layer| (experts as usize).saturating_sub(reached(layer))).sum()
     }
 
     /// Who can be asked for `expert` of `layer`.

@@ -3,10 +3,7 @@
 use std::{convert::Infallible, time::Duration};
 
 use bytes::Bytes;
-use conclave_placement::{
-    ids::PlanVersion,
-    state::{LocalSocket, Locality, Residency},
-};
+use conclave_placement::state::LocalSocket;
 use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_runtime::{
     listen, server,
@@ -105,18 +102,9 @@ async fn a_worker_of_this_host_is_reached_by_its_socket_and_by_its_address_where
     ];
     for (local, expected) in cases {
         let worker = WorkerRecord {
-            id: WorkerId::parse("w").unwrap(),
-            incarnation: Incarnation::fresh(),
-            address: network.clone(),
             local: local.map(|(boot_id, name)| LocalSocket { boot_id, name }),
-            device: "cpu".into(),
-            memory_budget: 0,
-            speed: 0.0,
             state: WorkerState::Serving,
-            resident: Residency::new(),
-            failing: Residency::new(),
-            plan_version: PlanVersion::NONE,
-            locality: Locality::default(),
+            ..WorkerRecord::starting(WorkerId::parse("w").unwrap(), Incarnation::fresh(), network.clone())
         };
         let workers = [(worker.id.clone(), worker.clone())].into();
         let state = ClusterState { workers, ..ClusterState::empty() };

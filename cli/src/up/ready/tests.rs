@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use conclave_placement::{
-    Incarnation, Locality, ModelIdentity, Plan, PlanVersion, Residency, RouterRecord, WorkerRecord,
-};
+use conclave_placement::{Incarnation, ModelIdentity, Plan, PlanVersion, Residency, RouterRecord, WorkerRecord};
 
 use super::*;
 
@@ -45,31 +43,22 @@ pub(crate) fn state(workers: usize, holders: &[&[usize]]) -> ClusterState {
         let id = worker_id(index);
         let resident = plan.assigned_to(&id);
         let record = WorkerRecord {
-            id: id.clone(),
-            incarnation: Incarnation::fresh(),
-            address: format!("127.0.0.1:{}", 9000 + index),
-            local: None,
-            device: "cpu".to_owned(),
-            memory_budget: 0,
-            speed: 0.0,
             state: if resident.is_empty() { WorkerState::Starting } else { WorkerState::Serving },
             resident,
-            failing: Residency::new(),
             plan_version: PlanVersion(1),
-            locality: Locality::default(),
+            ..WorkerRecord::starting(id.clone(), Incarnation::fresh(), format!("127.0.0.1:{}", 9000 + index))
         };
         state.workers.insert(id, record);
     }
     state.plan = Some(Arc::new(plan));
     let id = RouterId::parse("router-0").unwrap();
     let record = RouterRecord {
-        id: id.clone(),
-        incarnation: Incarnation::fresh(),
-        inference_address: "0.0.0.0:7400".to_owned(),
-        admin_address: "127.0.0.1:7600".to_owned(),
         plan_version: PlanVersion(1),
-        policy: None,
-        unreachable: BTreeMap::new(),
+        ..RouterRecord::starting(
+            id.clone(),
+            Incarnation::fresh(),
+            ["0.0.0.0:7400".to_owned(), "127.0.0.1:7600".to_owned()],
+        )
     };
     state.routers.insert(id, record);
     state

@@ -23,6 +23,16 @@ def flags(program):
     return {f"CONCLAVE_{field.upper()}" for field in fields}
 
 
+def wrong_with_settings():
+    """Flags that the schema of `settings` does not know, and names in it that are no flags."""
+    schema = json.loads((ROOT / "deploy/helm/conclave/values.schema.json").read_text())
+    nodes = {"conclave-router": schema["properties"]["router"], "conclave-expert-worker": schema["definitions"]["worker"]}
+    for program, node in nodes.items():
+        named = {f"CONCLAVE_{name.replace('-', '_').upper()}" for name in node["properties"]["settings"]["properties"]}
+        for name in sorted(named ^ flags(program)):
+            yield f"values.schema.json: {name} is in one of {program}'s flags and its settings, not in both"
+
+
 def adapter_metrics():
     """Metrics that the rules for the prometheus-adapter make."""
     for rule in yaml.safe_load((ROOT / "deploy/prometheus/adapter-values.yaml").read_text())["rules"]["custom"]:
@@ -84,7 +94,7 @@ def wrong_with(manifest, metrics):
 
 
 def main():
-    metrics, problems = set(adapter_metrics()), []
+    metrics, problems = set(adapter_metrics()), list(wrong_with_settings())
     for path in sys.argv[1:]:
         for manifest in yaml.safe_load_all(pathlib.Path(path).read_text()):
             if manifest:

@@ -34,6 +34,7 @@ use tonic::transport::server::Router;
 use crate::config::Config;
 use crate::executor::Executor;
 use crate::loader::{self, Loader};
+use crate::memory;
 use crate::metrics::Metrics;
 use crate::readiness;
 use crate::reconcile;
@@ -57,6 +58,8 @@ pub enum Error {
     Name(#[from] InvalidName),
     #[error(transparent)]
     Device(#[from] device::Error),
+    #[error(transparent)]
+    FreeMemory(#[from] memory::Error),
     #[error(transparent)]
     Checkpoint(#[from] loader::Error),
     #[error("left while {experts} of its experts were held by no other worker: the grace was over")]
@@ -124,7 +127,7 @@ pub async fn start(config: &Config, shutdown: &Shutdown) -> Result<Option<Worker
     let record = WorkerRecord {
         local: local_socket(config, &mut listener, incarnation),
         device: config.device.to_string(),
-        memory_budget: prepared.model.published_budget(config.memory.0)?,
+        memory_budget: prepared.model.published_budget(prepared.memory)?,
         locality: config.locality(),
         ..WorkerRecord::starting(
             id,
@@ -190,6 +193,8 @@ async fn join(
 /// What stands before the cluster hears of this worker.
 struct Prepared {
     model: Model,
+    /// Bytes for experts; 0 is no limit.
+    memory: u64,
     store: Arc<dyn Store>,
     keys: Keys,
     view: View,
@@ -205,8 +210,10 @@ struct Prepared {
 
 async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     config.device.open()?;
+    let memory = memory::limit(config.memory, config.device)?;
     let compute = Compute::new(config.device, config.dtype, config.numerics);
-    tracing::info!(compute = compute.describe(), "experts are computed");
+    let room = if memory == 0 { "no limit".to_owned() } else { format!("{memory} bytes") };
+    tracing::info!(compute = compute.describe(), memory = room, "experts are computed");
     let (checkpoint, identity) = loader::open(&config.model).await?;
     let model = Model::new(&checkpoint, identity, compute);
     // Beyond this, a start only waits for others.
@@ -216,14 +223,14 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     model_key::agree(&*store, &keys, &model.identity).await?;
     let end = CancellationToken::new();
     let view = View::start(Arc::clone(&store), keys.clone(), end.clone()).await?;
-    let metrics = Metrics::register(&probes.registry);
+    let metrics = Metrics::register(&probes.registry, &model.shape.moe_layers);
     let executor = Arc::new(Executor::start(config.threads, config.queue as usize, metrics.clone()).await?);
     let loader = Loader::start(checkpoint, compute, Arc::clone(&executor)).await?;
     let (reflection, reflection_alpha) = server::reflection(&[service::NAME])?;
     let router =
         server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
     let wire = WireThread::start("wire").map_err(Error::Wire)?;
-    Ok(Prepared { model, store, keys, view, executor, loader, metrics, router, wire, end })
+    Ok(Prepared { model, memory, store, keys, view, executor, loader, metrics, router, wire, end })
 }
 
 /// What this worker knows of the model.
@@ -273,7 +280,7 @@ fn serve(
     prepared: Prepared,
     registration: Arc<Registration>,
 ) -> Worker {
-    let Prepared { model, store, keys, view, executor, loader, metrics, router, wire, end } = prepared;
+    let Prepared { model, memory, store, keys, view, executor, loader, metrics, router, wire, end } = prepared;
     let resident = Arc::new(Resident::default());
     let (refusing, closing, in_flight) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
     let listen = listener.local_addr;
@@ -289,7 +296,7 @@ fn serve(
     });
     let routes = router.add_service(service.server());
     let server = wire.spawn(server::serve(routes, listener, closing.clone(), CLOSE_GRACE));
-    let budget = Budget { expert_bytes: model.expert_bytes, bytes: config.memory.0 };
+    let budget = Budget { expert_bytes: model.expert_bytes, bytes: memory };
     let reconciler = Reconciler::new(loader, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
     let ordered = Arc::new(AtomicBool::new(false));
     tokio::spawn(ordered_to_leave(view.subscribe(), registration.record(), shutdown.clone(), Arc::clone(&ordered)));

@@ -9,9 +9,10 @@ use conclave_model::device::{Device, Dtype, Numerics};
 use conclave_placement::ids::{Cluster, WorkerId};
 use conclave_placement::state::Locality;
 use conclave_runtime::config;
-use conclave_runtime::memory::Memory;
 use conclave_runtime::telemetry::LogFormat;
 use serde::Serialize;
+
+use crate::memory::Limit;
 
 /// Holds routed experts of one model and computes them for routers.
 #[derive(Debug, Clone, Parser, Serialize)]
@@ -62,10 +63,11 @@ pub struct Config {
     /// Offer routers of this host no Unix socket beside the port; with --advertise there is none either
     #[arg(long)]
     pub no_local_socket: bool,
-    /// Memory for experts, such as 16GiB; 0 is no limit
-    #[arg(long, value_name = "BYTES", default_value = "0")]
-    #[serde(serialize_with = "config::as_text")]
-    pub memory: Memory,
+    /// Memory for experts: a size such as 16GiB; auto: most of what is free at the start, the default on GPUs; 0: no limit,
+    /// the default on processors
+    #[arg(long, value_name = "BYTES")]
+    #[serde(serialize_with = "config::as_optional_text", skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Limit>,
     /// Batches that may wait for the tensor thread
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub queue: u32,

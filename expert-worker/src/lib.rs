@@ -5,6 +5,7 @@
 // The process.
 pub mod app;
 pub mod config;
+pub mod memory;
 pub mod registration;
 mod readiness;
 

@@ -3,6 +3,7 @@
 
 use std::sync::atomic::AtomicU64;
 
+use conclave_placement::ids::LayerIdx;
 use conclave_runtime::admin::Registry;
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::metrics::counter::Counter;
@@ -11,6 +12,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 
 use crate::batcher::Refusal;
+
+const REASONS: [&str; 5] = ["busy", "draining", "not_resident", "invalid", "internal"];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Layer {
@@ -40,8 +43,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Makes the counters and registers them as `conclave_worker_*`.
-    pub fn register(registry: &Registry) -> Self {
+    /// Makes the counters and registers them as `conclave_worker_*`. Those of `layers` are there before anything is counted:
+    /// an autoscaler takes a worker without them for one that cannot be scraped.
+    pub fn register(registry: &Registry, layers: &[LayerIdx]) -> Self {
         let seconds = || Histogram::new(exponential_buckets(50e-6, 2.0, 18));
         let metrics = Self {
             rows: Family::default(),
@@ -58,6 +62,12 @@ impl Metrics {
             load_seconds: Histogram::new(exponential_buckets(1e-3, 2.0, 16)),
             load_failures: Counter::default(),
         };
+        for layer in layers {
+            drop(metrics.rows.get_or_create(&Layer { layer: layer.0 }));
+        }
+        for reason in REASONS {
+            drop(metrics.refused.get_or_create(&Reason { reason }));
+        }
         let m = metrics.clone();
         let mut registry = registry.lock();
         let registry = registry.sub_registry_with_prefix("worker");
@@ -93,7 +103,7 @@ impl Metrics {
     /// Batches refused since start, for whatever reason.
     pub fn refused_total(&self) -> u64 {
         let count = |reason| self.refused.get(&Reason { reason }).map_or(0, |count| count.get());
-        ["busy", "draining", "not_resident", "invalid", "internal"].into_iter().map(count).sum()
+        REASONS.into_iter().map(count).sum()
     }
 }
 

@@ -76,7 +76,7 @@ impl Run {
             weather: self.weather,
             witness: Arc::clone(&self.witness),
         };
-        let metrics = Metrics::register(&admin::registry());
+        let metrics = Metrics::register(&admin::registry(), &[]);
         let reconciler = Reconciler::new(weights, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
         let picture = if self.is_credulous { credulous(view.subscribe()) } else { view.subscribe() };
         let draining = CancellationToken::new();

@@ -36,6 +36,22 @@ app.kubernetes.io/managed-by: {{ $root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace "+" "_" }}
 {{- end }}
 
+{{/* Of pods: what changes with a release of the chart alone must not restart them. */}}
+{{- define "conclave.podLabels" -}}
+{{ include "conclave.selector" . }}
+app.kubernetes.io/part-of: conclave
+{{- end }}
+
+{{/*
+The line `replicas` of what an autoscaler looks after: as many as there are now. Left out, an upgrade that switches autoscaling
+on would shrink it to 1 first. Takes (list root kind name).
+*/}}
+{{- define "conclave.autoscaledReplicas" -}}
+{{- with lookup "apps/v1" (index . 1) (index . 0).Release.Namespace (index . 2) }}
+replicas: {{ .spec.replicas }}
+{{- end }}
+{{- end }}
+
 {{/* Takes (list image default-tag). */}}
 {{- define "conclave.imageName" -}}
 {{- $image := index . 0 -}}
@@ -49,7 +65,10 @@ helm.sh/chart: {{ printf "%s-%s" $root.Chart.Name $root.Chart.Version | replace 
 {{/* image and imagePullPolicy of a container; takes (list root image-that-differs). */}}
 {{- define "conclave.image" -}}
 {{- $root := index . 0 -}}
-{{- $image := mergeOverwrite (deepCopy $root.Values.image) (index . 1) -}}
+{{- $own := index . 1 -}}
+{{- $image := mergeOverwrite (deepCopy $root.Values.image) $own -}}
+{{- /* A tag of its own means that tag, not the digest of all the others. */ -}}
+{{- if and $own.tag (not $own.digest) }}{{ $_ := set $image "digest" "" }}{{ end -}}
 image: {{ include "conclave.imageName" (list $image $root.Chart.AppVersion) | quote }}
 imagePullPolicy: {{ $image.pullPolicy }}
 {{- end }}
@@ -168,12 +187,19 @@ initContainers:
     env:
       {{- toYaml . | nindent 6 }}
     {{- end }}
+    {{- with .Values.model.fetch.resources }}
+    resources:
+      {{- toYaml . | nindent 6 }}
+    {{- end }}
     securityContext:
       {{- include "conclave.containerSecurity" . | nindent 6 }}
     terminationMessagePolicy: FallbackToLogsOnError
     volumeMounts:
       - name: model
         mountPath: /volume
+      # Downloaders keep caches and locks.
+      - name: scratch
+        mountPath: /tmp
 {{- end }}
 {{- end }}
 
@@ -243,15 +269,20 @@ topologySpreadConstraints:
 {{- end }}
 volumes:
   {{- include "conclave.modelVolume" $root | nindent 2 }}
+  {{- if eq $root.Values.model.volume.kind "emptyDir" }}
+  - name: scratch
+    emptyDir: {}
+  {{- end }}
 {{- end }}
 
 {{/*
-Startup: weights are in; readiness: wants traffic; liveness: the process alone, whatever etcd and its peers do. Takes the
-seconds that the start may take.
+Startup: what the process itself needs is in, a router's weights among it; readiness: a worker has the experts that it was
+given, a router reaches every expert; liveness: the process alone. Neither startup nor liveness looks at etcd or at peers:
+restarting what waits for them would help nobody. Takes the seconds that the start may take.
 */}}
 {{- define "conclave.probes" -}}
 startupProbe:
-  httpGet: {path: /readyz, port: admin}
+  httpGet: {path: /startupz, port: admin}
   periodSeconds: 5
   timeoutSeconds: 5
   failureThreshold: {{ divf . 5 | ceil | int }}

@@ -470,4 +470,21 @@ mod tests {
         assert_eq!(ModelIdentity::decode(&identity.encode()).unwrap(), *identity);
         Expert::load(&checkpoint, 2, 11, Compute::REFERENCE).unwrap();
     }
+
+    #[test]
+    fn a_budget_is_published_as_the_whole_experts_that_it_holds_in_the_format_they_are_held_in() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v3_mtp");
+        let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
+        let stored = checkpoint.expert_bytes();
+        let mut model = Model::new(&checkpoint, checkpoint.identity().unwrap(), Compute::REFERENCE);
+        assert_eq!(model.expert_bytes, checkpoint.resident_expert_bytes(Compute::REFERENCE));
+        // As in f32 of a checkpoint in BF16.
+        model.expert_bytes = 2 * stored;
+        let published = |budget| model.published_budget(budget).unwrap();
+        assert_eq!(published(0), 0, "no limit stays none");
+        assert_eq!(published(7 * stored), 3 * stored, "three experts of twice the size");
+        assert_eq!(published(u64::MAX), u64::MAX / (2 * stored) * stored);
+        let refused = model.published_budget(stored).unwrap_err().to_string();
+        assert!(refused.contains("holds no expert"), "{refused}");
+    }
 }

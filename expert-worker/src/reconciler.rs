@@ -126,10 +126,13 @@ impl<W: Weights> Reconciler<W> {
             let enough = if pass == Pass::Full { Enough::One } else { Enough::All };
             // Loading may have taken long; letting go needs the newest picture, and the plan that was followed.
             let newest = view.borrow().clone();
-            match &newest.plan {
+            let has_room_now = match &newest.plan {
                 Some(plan) if plan.version == self.assigned.0 => self.let_go(plan, &newest, enough).await,
                 Some(_) => continue,
-                None => {}
+                None => false,
+            };
+            if pass == Pass::Full && has_room_now {
+                continue;
             }
             let gone = self.retiring.front().map(|(at, ..)| *at);
             // What failed may have no room now: looking for it again and again would not make any.
@@ -267,13 +270,14 @@ impl<W: Weights> Reconciler<W> {
             .retain(|(_, layer, expert)| !(assigned.contains(*layer, *expert) && resident.revive(*layer, *expert)));
     }
 
-    /// Retires what may go, and drops what retired long enough ago.
-    async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) {
+    /// Retires what may go, and drops what retired long enough ago. Whether anything was dropped.
+    async fn let_go(&mut self, plan: &Plan, state: &ClusterState, enough: Enough) -> bool {
         let now = Instant::now();
         self.failures.forget(now);
         // Without the store this picture may be old: whoever should have an expert may be gone by now.
         let is_current = self.registration.is_registered();
         let routers = self.routers(plan, state);
+        let mut dropped = false;
         while let Some((_, layer, expert)) = self.retiring.front().copied().filter(|(at, ..)| *at <= now) {
             self.retiring.pop_front();
             let it = Residency::from_iter([(layer, expert)]);
@@ -284,6 +288,7 @@ impl<W: Weights> Reconciler<W> {
                 self.resident.revive(layer, expert);
             } else {
                 self.resident.forget(layer, expert, self.budget.expert_bytes);
+                dropped = true;
                 if let Err(error) = self.weights.drop_expert(layer, expert).await {
                     tracing::error!(%layer, %expert, %error, "an expert could not be dropped");
                 }
@@ -301,6 +306,7 @@ impl<W: Weights> Reconciler<W> {
             }
         }
         self.publish();
+        dropped
     }
 
     /// Whether routers that lag are still waited for; those that are not, are named, once for each plan.
@@ -330,3 +336,6 @@ async fn sleep_until(wake: Option<Instant>) {
         None => std::future::pending().await,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,12 +10,15 @@
 //! The model is as large as DeepSeek-V3: 61 layers of 256 experts. Rows follow Zipf's law, with other favourites in each
 //! layer. Every worker has held what the plan before gave it when the next one is made.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use conclave_placement::load::balancedness;
 use conclave_placement::planner::{PlannerWorker, Problem, Rebalance, balanced, eplb};
-use conclave_placement::{LayerIdx, Load, Locality, ModelIdentity, Plan, Residency, WorkerId};
+use conclave_placement::policy::{Planner, Policy, Rebalancing};
+use conclave_placement::state::{ClusterState, WorkerRecord, WorkerState};
+use conclave_placement::{Incarnation, LayerIdx, Load, Locality, ModelIdentity, Plan, Residency, WorkerId};
 
 const LAYERS: u32 = 61;
 const EXPERTS: u32 = 256;
@@ -32,7 +35,8 @@ fn main() -> anyhow::Result<()> {
     ours(&model, workers)?;
     balanced_from_scratch(&model, workers)?;
     unlike(&model, workers)?;
-    theirs(&model, workers.next_power_of_two())
+    theirs(&model, workers.next_power_of_two())?;
+    standing(&model, workers)
 }
 
 /// A cluster's life under `balanced`: its start, a death, load, other load, a newcomer.
@@ -106,6 +110,35 @@ fn theirs(model: &ModelIdentity, count: usize) -> anyhow::Result<()> {
     let shifted = Problem { workers: &ours, load: Some(&other), ..problem };
     row(&name("balanced, other favourites"), &shifted, Some(&first), &other, balanced::plan)?;
     Ok(())
+}
+
+/// What a settled cluster costs whenever something in it changes: a copy of its state for the view, a look by the controller.
+fn standing(model: &ModelIdentity, count: usize) -> anyhow::Result<()> {
+    let (load, mut workers) = (zipf(model, 1), cluster(count));
+    let problem = Problem { workers: &workers, load: Some(&load), ..still_of(model) };
+    let plan = balanced::plan(&problem, None)?.context("a first plan is always made")?;
+    settle(&mut workers, &plan);
+    let version = plan.version;
+    let mut state = ClusterState { model: Some(model.clone()), plan: Some(Arc::new(plan)), ..ClusterState::empty() };
+    for PlannerWorker { id, resident, locality, .. } in workers {
+        let starting = WorkerRecord::starting(id.clone(), Incarnation::fresh(), "127.0.0.1:7500");
+        let record =
+            WorkerRecord { state: WorkerState::Serving, resident, locality, plan_version: version, ..starting };
+        state.workers.insert(id, record);
+    }
+    let rebalance = Rebalancing { period: Duration::from_secs(60), below: 0.5, gain: 0.05 };
+    let policy = Policy { planner: Planner::Balanced, replicas: 2, redundant: None, min_workers: 1, rebalance };
+    println!("\n{:<52} {:>7}", "when something changes", "ms");
+    timed("the state copied, and compared with the one before", || state.clone() == state);
+    timed("whether anything lacks a holder", || policy.due(&state, Some(&load), false));
+    timed("whether to look for a better plan", || policy.urge(&state, Some(&load)));
+    Ok(())
+}
+
+fn timed<T>(name: &str, what: impl Fn() -> T) {
+    let start = Instant::now();
+    std::hint::black_box(what());
+    println!("{name:<52} {:>7.2}", start.elapsed().as_secs_f64() * 1e3);
 }
 
 type Planned<E> = Result<Option<Plan>, E>;

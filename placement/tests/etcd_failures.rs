@@ -142,3 +142,27 @@ async fn leaving_does_not_wait_for_an_etcd_that_is_gone() -> anyhow::Result<()> 
     soon("leaving", cluster.member.leave()).await;
     Ok(())
 }
+
+#[tokio::test]
+async fn one_address_that_never_answers_costs_no_call_and_no_lease() -> anyhow::Result<()> {
+    let etcd = EtcdProcess::start().await?;
+    // It is connected to, by the kernel, and that is all.
+    let deaf = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let spec = format!("etcd=http://{},{}", deaf.local_addr()?, etcd.endpoint());
+    let store = conclave_placement::store::connect(&spec)?;
+    let token = CancellationToken::new();
+    let view = View::start(store.clone(), keys(), token.clone()).await?;
+    let record = worker("a", 1);
+    let key = keys().worker(&record.id);
+    let member = Membership::join(store, key, TTL, record.encode(), token.clone()).await?;
+    let cluster =
+        Cluster { store: Arc::new(etcd.store()), view, member, worker: record.id, _token: token.drop_guard() };
+    cluster.sees(1).await;
+    until("is registered", cluster.member.registered(), |registered| *registered).await;
+    let mut registered = cluster.member.registered();
+    let lost = tokio::time::timeout(2 * TTL, registered.wait_for(|registered| !registered)).await;
+    assert!(lost.is_err(), "the lease is kept alive at the other address");
+    cluster.publish(2);
+    cluster.sees(2).await;
+    Ok(())
+}

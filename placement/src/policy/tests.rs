@@ -70,9 +70,11 @@ fn tell(state: &mut ClusterState, rows: [u64; EXPERTS as usize]) {
 
 #[test]
 fn the_first_plan_waits_for_enough_workers_and_the_next_for_a_reason() {
+    assert_eq!(due(&policy(1), &cluster(&[]), false), None, "nobody is there");
     let mut state = cluster(&["a"]);
-    assert_eq!(due(&policy(1), &state, false), None);
+    assert!(policy(1).lacks_workers(&state));
     state.workers.insert(id("b"), worker("b"));
+    assert!(!policy(1).lacks_workers(&state));
     let plan = due(&policy(1), &state, false).expect("two are enough");
     carry_out(&mut state, plan);
     assert_eq!(urge(&policy(1), &state), Urge::None);

@@ -16,7 +16,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use bytes::Bytes;
 use futures::stream::BoxStream;
-use futures::{Stream, StreamExt};
+use futures::{FutureExt, Stream, StreamExt};
 use tonic::transport::Uri;
 
 /// The largest value a store takes: what an etcd with default settings takes in one request of 1.5 MiB.
@@ -200,30 +200,45 @@ impl Error {
     }
 }
 
+/// Events of a watch that are given together at most, where more have come.
+const AT_ONCE: usize = 4096;
+
 /// A call's outcome.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// Events of a watch, in batches. Revisions never go down from one event to the next.
 pub struct WatchStream {
     batches: BoxStream<'static, Result<Vec<Event>>>,
+    /// What follows the batch that was given last.
+    end: Option<Error>,
 }
 
 impl WatchStream {
     /// From batches that end with an error, or with the stream. A store makes them.
     pub fn new(batches: impl Stream<Item = Result<Vec<Event>>> + Send + 'static) -> Self {
         // Fused, so that asking on after the end gets the end again.
-        Self { batches: batches.fuse().boxed() }
+        Self { batches: batches.fuse().boxed(), end: None }
     }
 
-    /// The next events, at least one. [`Error::Closed`] or [`Error::Compacted`] is the last thing it says.
+    /// The next events, at least one, and with them those that have come meanwhile: who reads slowly gets more at once and
+    /// keeps up. [`Error::Closed`] or [`Error::Compacted`] is the last thing it says.
     pub async fn next(&mut self) -> Result<Vec<Event>> {
-        loop {
-            match self.batches.next().await {
-                Some(Ok(events)) if events.is_empty() => {}
-                Some(outcome) => return outcome,
-                None => return Err(Error::Closed),
+        let mut events = Vec::new();
+        while events.is_empty() {
+            if let Some(end) = self.end.take() {
+                return Err(end);
+            }
+            events = self.batches.next().await.unwrap_or(Err(Error::Closed))?;
+        }
+        while self.end.is_none() && events.len() < AT_ONCE {
+            match self.batches.next().now_or_never() {
+                Some(Some(Ok(more))) => events.extend(more),
+                Some(Some(Err(error))) => self.end = Some(error),
+                Some(None) => self.end = Some(Error::Closed),
+                None => break,
             }
         }
+        Ok(events)
     }
 }
 
@@ -299,6 +314,8 @@ pub fn connect(spec: &str) -> Result<Arc<dyn Store>> {
 
 #[cfg(test)]
 mod tests {
+    use futures::stream;
+
     use super::*;
 
     #[tokio::test]
@@ -316,5 +333,27 @@ mod tests {
         assert!(away.retryable() && Error::Closed.retryable());
         assert!(!Error::LeaseLost(LeaseId(7)).retryable());
         assert!(!Error::Compacted { compact_revision: 3 }.retryable());
+    }
+
+    fn gone(revision: i64) -> Event {
+        Event::Delete { key: revision.to_string(), revision }
+    }
+
+    #[tokio::test]
+    async fn events_that_have_come_are_given_together_and_the_end_comes_after_them() {
+        let batches =
+            [Ok(vec![]), Ok(vec![gone(1)]), Ok(vec![gone(2), gone(3)]), Err(Error::Compacted { compact_revision: 9 })];
+        let mut watch = WatchStream::new(stream::iter(batches).chain(stream::pending()));
+        assert_eq!(watch.next().await.unwrap(), [gone(1), gone(2), gone(3)]);
+        assert!(matches!(watch.next().await, Err(Error::Compacted { .. })));
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_ended_says_so_again_and_again() {
+        let mut watch = WatchStream::new(stream::iter([Ok(vec![gone(1)])]));
+        assert_eq!(watch.next().await.unwrap(), [gone(1)]);
+        for _ in 0..2 {
+            assert!(matches!(watch.next().await, Err(Error::Closed)));
+        }
     }
 }

@@ -136,7 +136,8 @@ async fn skew(cluster: &Cluster, drill: &Drill) -> (PlanVersion, Rows) {
 async fn experts_are_moved_again_and_again() {
     let _alone = scene::alone().await;
     let cluster = scene::builder(4, 2).router(&["--rebalance-period=0"]).start().await;
-    let mut drill = scene::begin(Aim::unnoticed("14", "every expert moved, again and again", 2), &cluster).await;
+    let mut drill =
+        scene::begin(Aim::unnoticed("14", "every expert moved, again and again", 2).keeps(0.8), &cluster).await;
     let rounds = drill.form().pick(4, 20);
     drill.fault();
     for _ in 0..rounds {

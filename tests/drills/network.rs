@@ -6,7 +6,7 @@ use conclave_placement::state::ClusterState;
 use conclave_tests::{
     chaos::{Fault, Proxy, Way},
     cluster::{Cluster, held_everywhere, worker_id},
-    drill::Aim,
+    drill::{Aim, SECOND},
     report::Report,
     vitals::Vitals,
 };
@@ -33,14 +33,22 @@ async fn broken(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fault) -> Rep
 #[tokio::test]
 async fn a_black_hole() {
     let _alone = scene::alone().await;
-    breaks(Aim::unnoticed("3", "black hole before one worker of four", 2), Fault::Hole(Way::Both)).await;
+    breaks(
+        Aim::unnoticed("3", "black hole before one worker of four", 2)
+            .detected_within(2 * SECOND)
+            .flows_within(2 * SECOND),
+        Fault::Hole(Way::Both),
+    )
+    .await;
 }
 
 #[tokio::test]
 async fn answers_alone_are_lost() {
     let _alone = scene::alone().await;
     breaks(
-        Aim::unnoticed("5", "one-way partition: answers of one worker of four do not arrive", 2),
+        Aim::unnoticed("5", "one-way partition: answers of one worker of four do not arrive", 2)
+            .detected_within(2 * SECOND)
+            .flows_within(2 * SECOND),
         Fault::Hole(Way::ToRouter),
     )
     .await;
@@ -117,7 +125,13 @@ async fn in_bounded_memory(aim: Aim, cluster: &Cluster, proxy: &Proxy, fault: Fa
 #[tokio::test]
 async fn connections_are_reset() {
     let _alone = scene::alone().await;
-    breaks(Aim::unnoticed("4", "every connection to one worker of four is reset", 2), Fault::Refuse).await;
+    breaks(
+        Aim::unnoticed("4", "every connection to one worker of four is reset", 2)
+            .detected_within(SECOND)
+            .flows_within(SECOND),
+        Fault::Refuse,
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -137,8 +151,11 @@ async fn connections_are_reset_again_and_again() {
 #[tokio::test]
 async fn one_worker_is_slow() {
     let _alone = scene::alone().await;
-    breaks(Aim::unnoticed("6", "one worker of four answers 100 ms late", 2), Fault::Late(Duration::from_millis(100)))
-        .await;
+    breaks(
+        Aim::unnoticed("6", "one worker of four answers 100 ms late", 2).detected_within(2 * SECOND).keeps(0.8),
+        Fault::Late(Duration::from_millis(100)),
+    )
+    .await;
 }
 
 #[tokio::test]
@@ -154,7 +171,8 @@ async fn the_line_is_narrow() {
 #[tokio::test]
 async fn bits_of_answers_are_flipped() {
     let _alone = scene::alone().await;
-    let aim = Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2);
+    let aim =
+        Aim::unnoticed("10", "one bit in 4 KiB of one worker's answers is flipped", 2).detected_within(2 * SECOND);
     let report = breaks(aim, Fault::Flip(Way::ToRouter, 4096)).await;
     // A bit of a row is told by the checksum; one of HTTP/2's own frames ends the stream, or has it wait for what never comes.
     let noticed = ["corrupt", "lost", "hedges"].map(|figure| report.counted(figure)).iter().sum::<f64>();

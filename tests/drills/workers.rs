@@ -15,7 +15,7 @@ use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 
 use conclave_tests::{
     cluster::worker_id,
-    drill::{Aim, Drill},
+    drill::{Aim, Drill, SECOND},
     eventually::eventually,
     fake_expert::{Act, FakeExpert},
     process::{Process, Signal},
@@ -29,7 +29,11 @@ use crate::scene::{self, begin};
 async fn one_of_four_workers_is_killed() {
     let _alone = scene::alone().await;
     let mut cluster = scene::four_workers().await;
-    let mut drill = begin(Aim::unnoticed("1", "kill -9 of one worker of four", 2), &cluster).await;
+    let mut drill = begin(
+        Aim::unnoticed("1", "kill -9 of one worker of four", 2).detected_within(SECOND).flows_within(SECOND).keeps(0.8),
+        &cluster,
+    )
+    .await;
     drill.fault();
     cluster.workers[0].kill().await;
     cluster.worker_gone(0).await;
@@ -42,7 +46,13 @@ async fn one_of_four_workers_is_killed() {
 async fn one_of_four_workers_is_frozen_and_wakes_up() {
     let _alone = scene::alone().await;
     let cluster = scene::four_workers().await;
-    let mut drill = begin(Aim::unnoticed("2", "SIGSTOP of one worker of four, then SIGCONT", 2), &cluster).await;
+    let mut drill = begin(
+        Aim::unnoticed("2", "SIGSTOP of one worker of four, then SIGCONT", 2)
+            .detected_within(2 * SECOND)
+            .flows_within(2 * SECOND),
+        &cluster,
+    )
+    .await;
     drill.fault();
     cluster.workers[0].signal(Signal::STOP);
     cluster.worker_gone(0).await;
@@ -60,8 +70,13 @@ async fn one_of_four_workers_is_frozen_and_wakes_up() {
 async fn two_of_three_holders_freeze_at_once() {
     let _alone = scene::alone().await;
     let cluster = scene::builder(3, 3).start().await;
-    let mut drill =
-        begin(Aim::unnoticed("2", "SIGSTOP of two of three workers that hold everything", 3), &cluster).await;
+    let mut drill = begin(
+        Aim::unnoticed("2", "SIGSTOP of two of three workers that hold everything", 3)
+            .detected_within(2 * SECOND)
+            .flows_within(2 * SECOND),
+        &cluster,
+    )
+    .await;
     drill.fault();
     for worker in &cluster.workers[..2] {
         worker.signal(Signal::STOP);
@@ -130,7 +145,9 @@ async fn a_worker_cannot_write_its_log() {
 async fn the_only_holder_of_experts_is_killed() {
     let _alone = scene::alone().await;
     let mut cluster = scene::builder(4, 1).start().await;
-    let mut drill = begin(Aim::waited_out("8", "kill -9 of one worker of four, no replicas", 1), &cluster).await;
+    let mut drill =
+        begin(Aim::waited_out("8", "kill -9 of one worker of four, no replicas", 1).detected_within(SECOND), &cluster)
+            .await;
     drill.fault();
     cluster.workers[0].kill().await;
     cluster.worker_gone(0).await;

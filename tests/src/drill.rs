@@ -26,7 +26,8 @@ use crate::{
 pub const FLOOR: f64 = 20.0;
 /// And what must be left after the fault of what there was before.
 const KEPT: f64 = 0.25;
-const SECOND: Duration = Duration::from_secs(1);
+/// What a user may notice.
+pub const SECOND: Duration = Duration::from_secs(1);
 /// How much of a run does not count as its beginning: connections open, caches fill.
 const WARM_UP: Duration = Duration::from_millis(500);
 /// Silences up to this long happen on a busy machine without any fault.

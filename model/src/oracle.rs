@@ -13,6 +13,7 @@ use crate::{
     mtp::Mtp,
     sampler::argmax,
     transformer::{Block, FeedForward, Transformer},
+    wire::{self, Encoding},
 };
 
 /// Router's half and all experts together.
@@ -22,6 +23,8 @@ pub struct Oracle {
     mtp: Option<Mtp>,
     /// Per layer, empty for dense ones.
     experts: Vec<Vec<Expert>>,
+    /// How rows would travel to experts, and back.
+    wire: Option<[Encoding; 2]>,
 }
 
 impl Oracle {
@@ -35,7 +38,12 @@ impl Oracle {
             experts.push((0..here).map(load).collect::<Result<Vec<_>, _>>()?);
         }
         let transformer = Transformer::load(checkpoint, compute, |_| {})?;
-        Ok(Self { mtp: Mtp::load(checkpoint, &transformer)?, transformer, experts })
+        Ok(Self { mtp: Mtp::load(checkpoint, &transformer)?, transformer, experts, wire: None })
+    }
+
+    /// The same, but for what rows lose on their way to experts and back where they travel like this.
+    pub fn over(self, dispatch: Encoding, combine: Encoding) -> Self {
+        Self { wire: Some([dispatch, combine]), ..self }
     }
 
     /// Logits a row.
@@ -91,18 +99,28 @@ impl Oracle {
 
     /// The weighted sum over each row's experts, in gate order.
     fn routed(&self, layer: usize, normed: &Hidden, routing: &crate::gate::Routing) -> Vec<f32> {
-        let rows = normed.rows();
+        let (rows, hidden) = (normed.rows(), normed.to_rows());
+        let per_row = routing.experts_per_row;
         let batch = ExpertBatch {
             layer: layer as u32,
             rows,
-            hidden: normed.to_rows(),
+            hidden: self.wire.map_or_else(|| hidden.clone(), |[dispatch, _]| travelled(&hidden, rows, dispatch)),
             expert_ids: routing.expert_ids.clone(),
-            row_ids: (0..rows as u32).flat_map(|row| std::iter::repeat_n(row, routing.experts_per_row)).collect(),
-            weights: Some(routing.weights.clone()),
+            row_ids: (0..rows as u32).flat_map(|row| std::iter::repeat_n(row, per_row)).collect(),
+            weights: self.wire.is_none().then(|| routing.weights.clone()),
         };
         let here = |expert: u16| self.experts[layer].get(expert as usize);
         let mut computed = compute::run(&[&batch], &here).unwrap_or_else(|error| unreachable!("{error}"));
-        computed.swap_remove(0)
+        let computed = computed.swap_remove(0);
+        let Some([_, combine]) = self.wire else { return computed };
+        let width = hidden.len() / rows.max(1);
+        let mut sums = vec![0.0; hidden.len()];
+        let each = travelled(&computed, routing.weights.len(), combine);
+        for (slot, (row, weight)) in each.chunks_exact(width).zip(&routing.weights).enumerate() {
+            let sum = &mut sums[slot / per_row * width..][..width];
+            sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * value);
+        }
+        sums
     }
 
     /// The `count` tokens that greedy decoding draws after `prompt`.
@@ -119,4 +137,11 @@ impl Oracle {
         }
         drawn
     }
+}
+
+/// `rows` rows as they arrive.
+fn travelled(values: &[f32], rows: usize, encoding: Encoding) -> Vec<f32> {
+    let width = values.len() / rows.max(1);
+    let (bytes, scales) = wire::encode(values, width, encoding);
+    wire::decode(encoding, &bytes, &scales, rows, width).unwrap_or_else(|error| unreachable!("{error}"))
 }

@@ -162,7 +162,9 @@ fn over_the_wire(folder: &Path, dispatch: Encoding, combine: Encoding) -> Result
 #[test]
 fn what_rows_lose_on_the_wire_is_bounded_and_told() -> Result<()> {
     init_thread(1);
-    println!("model: difference of logits, of their size, and rows with the same greedy token: bf16 both ways; fp8 out, bf16 back");
+    println!(
+        "model: difference of logits, of their size, and rows with the same greedy token: bf16 both ways; fp8 out, bf16 back"
+    );
     for folder in folders()? {
         let (exact, same, rows) = over_the_wire(&folder, Encoding::F32, Encoding::F32)?;
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();

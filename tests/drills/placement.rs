@@ -29,7 +29,7 @@ async fn all_workers_restart_one_after_another() {
     let _alone = scene::alone().await;
     let mut cluster = scene::four_workers().await;
     let mut drill =
-        begin(Aim::unnoticed("15", "rolling restart (SIGTERM).keeps(0.8) of all four workers", 2), &cluster).await;
+        begin(Aim::unnoticed("15", "rolling restart (SIGTERM) of all four workers", 2).keeps(0.8), &cluster).await;
     drill.fault();
     let mut slowest = Duration::ZERO;
     for index in 0..4 {

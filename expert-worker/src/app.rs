@@ -346,15 +346,8 @@ impl Worker {
     pub async fn run(mut self, shutdown: &Shutdown) -> Result<(), Error> {
         tracing::info!(id = %self.id, listen = %self.listen, admin = %self.admin, "joined the cluster");
         let ready = readiness::reached(self.registration.run(), self.view.subscribe());
-        let probes = &self.probes;
-        let ready_then_serving = async {
-            ready.await;
-            probes.set(Stage::Serving).await;
-            tracing::info!("ready");
-            std::future::pending::<Infallible>().await
-        };
         tokio::select! {
-            never = ready_then_serving => match never {},
+            never = self.probes.serve_once(ready) => match never {},
             () = shutdown.draining().cancelled_owned() => match self.drain(shutdown).await {
                 0 => Ok(()),
                 experts => Err(Error::LeftBehind { experts }),

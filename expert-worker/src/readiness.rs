@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use conclave_placement::ids::{Incarnation, PlanVersion, WorkerId};
-use conclave_placement::plan::Plan;
 use conclave_placement::state::ClusterState;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -28,10 +27,9 @@ enum Lacks {
 
 /// Returns when run `me` of a worker is ready. Never, where the view ends before.
 pub async fn reached(me: (WorkerId, Incarnation), mut changes: watch::Receiver<Arc<ClusterState>>) {
-    let (mut named, mut patience) = (None, None);
+    let (mut named, until) = (None, Instant::now() + GIVEN_WITHIN);
     loop {
         let lacks = lacks(&me, &changes.borrow_and_update(), &mut named);
-        let until = *patience.get_or_insert_with(|| Instant::now() + GIVEN_WITHIN);
         if lacks == Lacks::Nothing {
             return;
         }
@@ -47,19 +45,15 @@ fn lacks(me: &(WorkerId, Incarnation), state: &ClusterState, named: &mut Option<
     let (id, incarnation) = me;
     // The first plan waits for workers, so they must not wait for it.
     let Some(plan) = &state.plan else { return Lacks::Nothing };
-    if named.is_none() && names(plan, id) {
+    if named.is_none() && !plan.assigned_to(id).is_empty() {
         *named = Some(plan.version);
     }
     let Some(version) = *named else { return Lacks::Place };
-    let followed = |version| {
-        let record = state.workers.get(id).filter(|record| record.incarnation == *incarnation);
-        record.is_some_and(|record| record.plan_version >= version)
-    };
-    if followed(version) { Lacks::Nothing } else { Lacks::Experts }
-}
-
-fn names(plan: &Plan, id: &WorkerId) -> bool {
-    plan.iter().any(|(.., holders)| holders.contains(id))
+    let record = state.workers.get(id).filter(|record| record.incarnation == *incarnation);
+    match record.is_some_and(|record| record.plan_version >= version) {
+        true => Lacks::Nothing,
+        false => Lacks::Experts,
+    }
 }
 
 #[cfg(test)]

@@ -41,7 +41,8 @@ impl Oracle {
         Ok(Self { mtp: Mtp::load(checkpoint, &transformer)?, transformer, experts, wire: None })
     }
 
-    /// The same, but for what rows lose on their way to experts and back where they travel like this.
+    /// The same, but for what rows lose on their way to experts and back where they travel like this. Back they come as f32 or
+    /// BF16, as from a worker.
     pub fn over(self, dispatch: Encoding, combine: Encoding) -> Self {
         Self { wire: Some([dispatch, combine]), ..self }
     }
@@ -99,12 +100,17 @@ impl Oracle {
 
     /// The weighted sum over each row's experts, in gate order.
     fn routed(&self, layer: usize, normed: &Hidden, routing: &crate::gate::Routing) -> Vec<f32> {
-        let (rows, hidden) = (normed.rows(), normed.to_rows());
-        let per_row = routing.experts_per_row;
+        let (rows, mut hidden) = (normed.rows(), normed.to_rows());
+        let (per_row, width) = (routing.experts_per_row, hidden.len() / rows.max(1));
+        if let Some([dispatch, _]) = self.wire {
+            let (values, scales) = wire::encode(&hidden, width, dispatch);
+            hidden =
+                wire::decode(dispatch, &values, &scales, rows, width).unwrap_or_else(|error| unreachable!("{error}"));
+        }
         let batch = ExpertBatch {
             layer: layer as u32,
             rows,
-            hidden: self.wire.map_or_else(|| hidden.clone(), |[dispatch, _]| travelled(&hidden, rows, dispatch)),
+            hidden,
             expert_ids: routing.expert_ids.clone(),
             row_ids: (0..rows as u32).flat_map(|row| std::iter::repeat_n(row, per_row)).collect(),
             weights: self.wire.is_none().then(|| routing.weights.clone()),
@@ -113,12 +119,12 @@ impl Oracle {
         let mut computed = compute::run(&[&batch], &here).unwrap_or_else(|error| unreachable!("{error}"));
         let computed = computed.swap_remove(0);
         let Some([_, combine]) = self.wire else { return computed };
-        let width = hidden.len() / rows.max(1);
-        let mut sums = vec![0.0; hidden.len()];
-        let each = travelled(&computed, routing.weights.len(), combine);
-        for (slot, (row, weight)) in each.chunks_exact(width).zip(&routing.weights).enumerate() {
-            let sum = &mut sums[slot / per_row * width..][..width];
-            sum.iter_mut().zip(row).for_each(|(sum, value)| *sum += weight * value);
+        let (values, _) = wire::encode(&computed, width, combine);
+        let back = wire::Rows::new(combine, values, routing.weights.len(), width);
+        let back = back.unwrap_or_else(|error| unreachable!("{error}"));
+        let mut sums = vec![0.0; rows * width];
+        for (slot, weight) in routing.weights.iter().enumerate() {
+            back.add_weighted(slot, *weight, &mut sums[slot / per_row * width..][..width]);
         }
         sums
     }
@@ -137,11 +143,4 @@ impl Oracle {
         }
         drawn
     }
-}
-
-/// `rows` rows as they arrive.
-fn travelled(values: &[f32], rows: usize, encoding: Encoding) -> Vec<f32> {
-    let width = values.len() / rows.max(1);
-    let (bytes, scales) = wire::encode(values, width, encoding);
-    wire::decode(encoding, &bytes, &scales, rows, width).unwrap_or_else(|error| unreachable!("{error}"))
 }

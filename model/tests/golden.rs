@@ -126,29 +126,20 @@ fn the_cheaper_format_stays_near_the_reference() -> Result<()> {
     let compute = Compute { dtype: Dtype::Bf16, ..Compute::REFERENCE };
     for folder in folders()? {
         let oracle = Oracle::load(&Checkpoint::open(&folder)?, compute)?;
-        let (mut same, mut rows) = (0, 0);
-        for Expected { prompt, logits, .. } in expected(&folder)? {
-            let ours = oracle.forward(&prompt, &mut oracle.cache());
-            ensure!(ours.iter().all(|logit| logit.is_finite()));
-            let pairs = ours.chunks(oracle.vocab_size()).zip(logits.chunks(oracle.vocab_size()));
-            pairs.for_each(|(a, b)| {
-                rows += 1;
-                same += usize::from(argmax(a) == argmax(b));
-            });
-        }
+        let (_, same, rows) = compared(&oracle, &folder)?;
         // bf16 keeps 8 bits, and one expert chosen otherwise changes a row of a random model: most rows must agree.
         ensure!(same * 2 > rows, "{}: {same} of {rows} rows agree", folder.display());
     }
     Ok(())
 }
 
-/// What rows lose on their way, in the logits: root mean squares of the difference and of the logits, rows with the same
-/// greedy token, rows. All else in f32.
-fn over_the_wire(folder: &Path, dispatch: Encoding, combine: Encoding) -> Result<(f64, usize, usize)> {
-    let oracle = Oracle::load(&Checkpoint::open(folder)?, Compute::REFERENCE)?.over(dispatch, combine);
+/// Logits beside the reference's: the root mean square of the difference as a share of theirs, rows with the same greedy
+/// token, rows.
+fn compared(oracle: &Oracle, folder: &Path) -> Result<(f64, usize, usize)> {
     let (mut off, mut all, mut same, mut rows) = (0.0f64, 0.0f64, 0, 0);
     for Expected { prompt, logits, .. } in expected(folder)? {
         let ours = oracle.forward(&prompt, &mut oracle.cache());
+        ensure!(ours.iter().all(|logit| logit.is_finite()));
         for (a, b) in ours.chunks(oracle.vocab_size()).zip(logits.chunks(oracle.vocab_size())) {
             off += a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
             all += b.iter().map(|b| f64::from(*b).powi(2)).sum::<f64>();
@@ -166,11 +157,14 @@ fn what_rows_lose_on_the_wire_is_bounded_and_told() -> Result<()> {
         "model: difference of logits, of their size, and rows with the same greedy token: bf16 both ways; fp8 out, bf16 back"
     );
     for folder in folders()? {
-        let (exact, same, rows) = over_the_wire(&folder, Encoding::F32, Encoding::F32)?;
+        let over = |dispatch, combine| {
+            compared(&Oracle::load(&Checkpoint::open(&folder)?, Compute::REFERENCE)?.over(dispatch, combine), &folder)
+        };
+        let (exact, same, rows) = over(Encoding::F32, Encoding::F32)?;
         let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         ensure!(exact < 1e-5 && same == rows, "{name}: f32 loses nothing, and differs by {exact:e}");
-        let (half, half_same, _) = over_the_wire(&folder, Encoding::Bf16, Encoding::Bf16)?;
-        let (eighth, eighth_same, _) = over_the_wire(&folder, Encoding::Fp8Block128, Encoding::Bf16)?;
+        let (half, half_same, _) = over(Encoding::Bf16, Encoding::Bf16)?;
+        let (eighth, eighth_same, _) = over(Encoding::Fp8Block128, Encoding::Bf16)?;
         println!("{name}: {:.2} % {half_same}/{rows}; {:.2} % {eighth_same}/{rows}", 100.0 * half, 100.0 * eighth);
         // bf16 keeps 8 bits and E4M3 keeps 4, at each of a few layers; a row whose gate falls otherwise differs by far more.
         ensure!(half < 0.1 && eighth < 0.4 && half_same >= eighth_same, "{name}: {half} and {eighth}");

@@ -5,7 +5,7 @@
 //! End: not ready, what is in flight done, the record out of the store, the engine stopped.
 //! Never here: a decision about requests, batches or experts.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use conclave_model::{
     cache::{BLOCK_TOKENS, KvCache},
@@ -388,7 +388,7 @@ impl Router {
         info!(id = %self.id, listen = %self.listen, admin = %self.probes.address, "joined the cluster");
         let draining = shutdown.draining();
         let result = tokio::select! {
-            never = ready(&self.probes, &self.workers, &self.experts) => match never {},
+            never = self.probes.serve_once(in_reach(&self.workers, &self.experts)) => match never {},
             () = draining.cancelled() => Ok(()),
             answer = &mut self.engine => Err(Error::Engine(ended(answer))),
             served = &mut self.server => Err(match served {
@@ -423,23 +423,22 @@ impl Router {
     }
 }
 
-/// Wants traffic once every expert has been in reach; then for good. An expert that is missing later stops those who need it,
-/// and if all routers said that they want nothing, it would stop everybody.
-async fn ready(probes: &Probes, workers: &Workers, (layers, experts): &(Vec<LayerIdx>, u32)) -> Infallible {
+/// Comes back once every expert is in reach, which is when this router wants traffic; then it does so for good. An expert that is
+/// missing later stops those who need it, and if all routers said that they want nothing, it would stop everybody.
+async fn in_reach(workers: &Workers, (layers, experts): &(Vec<LayerIdx>, u32)) {
     let mut snapshots = workers.watch();
-    let missing = || workers.snapshot().out_of_reach(layers, *experts);
-    let in_reach = snapshots.wait_for(|snapshot| snapshot.out_of_reach(layers, *experts) == 0);
-    let mut in_reach = std::pin::pin!(in_reach);
+    let complete = snapshots.wait_for(|snapshot| snapshot.out_of_reach(layers, *experts) == 0);
+    let mut complete = std::pin::pin!(complete);
     loop {
-        match tokio::time::timeout(TELL_WAIT, &mut in_reach).await {
-            Ok(Ok(_)) => break,
+        match tokio::time::timeout(TELL_WAIT, &mut complete).await {
+            Ok(Ok(_)) => return,
             Ok(Err(_)) => return std::future::pending().await,
-            Err(_) => info!(experts = missing(), "waiting for experts that no worker within reach holds"),
+            Err(_) => {
+                let experts = workers.snapshot().out_of_reach(layers, *experts);
+                info!(experts, "waiting for experts that no worker within reach holds");
+            }
         }
     }
-    probes.set(Stage::Serving).await;
-    info!("ready");
-    std::future::pending().await
 }
 
 fn ended(answer: Result<(), tensor_thread::Error>) -> String {

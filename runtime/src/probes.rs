@@ -3,7 +3,7 @@
 //! In: how far the process is. Out: the same, as startup and readiness, and as gRPC health of one service and of the whole
 //! process. Never here: a decision about it.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{convert::Infallible, net::SocketAddr, sync::Arc};
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +52,14 @@ impl Probes {
             }
         });
         Self { address, health, registry, service, stage }
+    }
+
+    /// Wants traffic from when `reached` comes back. Never comes back itself: to be raced against what ends the process.
+    pub async fn serve_once(&self, reached: impl Future<Output = ()>) -> Infallible {
+        reached.await;
+        self.set(Stage::Serving).await;
+        tracing::info!("ready");
+        std::future::pending().await
     }
 
     /// Says how far the process is.

@@ -43,12 +43,17 @@ app.kubernetes.io/part-of: conclave
 {{- end }}
 
 {{/*
-The line `replicas` of what an autoscaler looks after: as many as there are now. Left out, an upgrade that switches autoscaling
-on would shrink it to 1 first. Takes (list root kind name).
+The line `replicas`. Where an autoscaler looks after them: as many as there are now, since left out, an upgrade that switches
+autoscaling on would shrink them to 1 first; none where nothing is there yet. Takes (list root kind name values).
 */}}
-{{- define "conclave.autoscaledReplicas" -}}
+{{- define "conclave.replicas" -}}
+{{- $values := index . 3 -}}
+{{- if not $values.autoscaling.enabled }}
+replicas: {{ $values.replicas }}
+{{- else }}
 {{- with lookup "apps/v1" (index . 1) (index . 0).Release.Namespace (index . 2) }}
 replicas: {{ .spec.replicas }}
+{{- end }}
 {{- end }}
 {{- end }}
 

@@ -3,7 +3,7 @@
 //! In: rows `[T, in]`. Out: rows `[T, out]`. Never here: a weight copied because of the batch it meets.
 //!
 //! On the processor our own kernels read the weight as it is stored, and no row depends on another. libtorch computes on
-//! GPUs, and on processors without AMX products of many rows where rows may depend on each other.
+//! GPUs, and on processors where it is quicker products of many rows, if rows may depend on each other.
 
 use tch::{Kind, Tensor};
 
@@ -109,10 +109,17 @@ impl Linear {
         match (&self.weight, self.compute.device) {
             (Stored::Plain(weight), Device::Cuda(_)) => Some(weight),
             (Stored::Plain(weight), Device::Cpu) => {
+                let (isa, dtype) = (Isa::best(), self.compute.dtype);
+                let quick = match dtype {
+                    Dtype::F32 => true,
+                    // Without AVX-512, libtorch has no products in BF16 worth the name.
+                    Dtype::Bf16 => !matches!(isa, Isa::Avx2 | Isa::Portable),
+                };
                 let better = rows >= LIBTORCH_FROM_ROWS
                     && self.compute.numerics == Numerics::Fast
                     && weight.kind() == self.compute.kind()
-                    && Format::of(Isa::best(), self.compute.dtype, &self.matrix()) != Format::Tiles;
+                    && quick
+                    && Format::of(isa, dtype, &self.matrix()) != Format::Tiles;
                 if better { Some(weight) } else { None }
             }
             (Stored::Fp8 { .. }, _) => None,

@@ -1,10 +1,11 @@
 //! A connected socket inside the cluster: TCP, or a Unix socket where both ends are on one host. Bytes pass, nothing else.
 
 use std::io::{self, IoSlice};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tonic::transport::server::Connected;
 
@@ -22,6 +23,53 @@ macro_rules! either {
             Socket::Local($inner) => $call,
         }
     };
+}
+
+/// A socket once more, not known to a runtime yet.
+#[derive(Debug)]
+pub(crate) enum Twin {
+    Tcp(std::net::TcpStream),
+    Local(std::os::unix::net::UnixStream),
+}
+
+impl Twin {
+    /// Has the runtime of the moment told of what arrives, beside the one that was told before.
+    pub(crate) fn register(self) -> io::Result<Socket> {
+        Ok(match self {
+            Self::Tcp(socket) => Socket::Tcp(TcpStream::from_std(socket)?),
+            Self::Local(socket) => Socket::Local(UnixStream::from_std(socket)?),
+        })
+    }
+}
+
+impl Socket {
+    /// The same socket, for another runtime. It stays open until both are gone.
+    pub(crate) fn twin(&self) -> io::Result<Twin> {
+        let fd = self.as_fd().try_clone_to_owned()?;
+        Ok(match self {
+            Self::Tcp(_) => Twin::Tcp(fd.into()),
+            Self::Local(_) => Twin::Local(fd.into()),
+        })
+    }
+
+    /// Waits until something may have arrived, and what `look` finds then. May be dropped half-way.
+    pub(crate) async fn arrival<T>(&self, mut look: impl FnMut() -> Option<T>) -> io::Result<T> {
+        loop {
+            either!(self, socket => socket.readable().await)?;
+            // What arrives after this look is told again.
+            let found = || look().ok_or_else(|| io::ErrorKind::WouldBlock.into());
+            match either!(self, socket => socket.try_io(Interest::READABLE, found)) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                found => return found,
+            }
+        }
+    }
+}
+
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        either!(self, socket => socket.as_fd())
+    }
 }
 
 impl AsyncRead for Socket {

@@ -8,7 +8,7 @@ use std::{
     collections::HashMap,
     io,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
     time::Duration,
@@ -23,7 +23,7 @@ use conclave_proto::expert::{EXCHANGE_PATH, INCARNATION_METADATA};
 use conclave_runtime::{
     channel, listen,
     socket::Socket,
-    stream::{self, Inbox, Outbox},
+    stream::{self, Inbox, Lookout, Outbox},
     wire_thread::WireThread,
 };
 use parking_lot::Mutex;
@@ -39,6 +39,9 @@ use crate::phases::Phase;
 
 /// How long a worker is avoided after a late answer: doubles from the first to the second with each one in a row.
 const TARDY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
+/// Whoever waits for an answer of at most so many bytes looks for it itself. Of a larger one, which comes in many pieces, it
+/// is left alone by the first ones.
+const LOOKED_FOR: usize = 64 << 10;
 /// Batches that one worker may owe an answer for.
 const UNANSWERED_MAX: usize = 1024;
 /// Until a new stream must have been accepted.
@@ -79,9 +82,10 @@ struct Shared {
 struct Stream {
     /// `None` while there is no connection.
     out: Option<Outbox>,
+    /// What tells the engine's thread of arrivals, from its first batch on.
+    lookout: Option<Arc<Lookout>>,
     waiting: HashMap<u64, Waiting>,
-    /// Ends the connection of the moment: a batch was not answered in time.
-    cut: CancellationToken,
+    cut: Cut,
     /// Whether anything sound came back over it.
     answered: bool,
     /// Refusals in a row that speak against the worker.
@@ -93,6 +97,14 @@ struct Stream {
 }
 
 impl Stream {
+    /// What tells the runtime of the moment of arrivals, if the stream has not ended.
+    fn look_out(&mut self) -> Option<Arc<Lookout>> {
+        if self.lookout.is_none() {
+            self.lookout = self.out.as_ref()?.look_out().map(Arc::new);
+        }
+        self.lookout.clone()
+    }
+
     /// Counts what speaks against the worker; says why it cannot be relied on any more.
     fn strike(&mut self, reply: &codec::Reply) -> Result<(), String> {
         self.strikes = match reply {
@@ -120,6 +132,27 @@ impl Stream {
             self.avoided_until = Some(now + pause.min(TARDY.1));
             self.tardy += 1;
         }
+    }
+}
+
+/// Ends one connection, whose worker cannot be relied on, and says why.
+#[derive(Clone, Debug, Default)]
+struct Cut {
+    token: CancellationToken,
+    why: Arc<OnceLock<String>>,
+}
+
+impl Cut {
+    /// The first reason counts.
+    fn because(&self, why: String) {
+        let _ = self.why.set(why);
+        self.token.cancel();
+    }
+
+    /// Waits until it happens; why it did.
+    async fn happens(&self) -> String {
+        self.token.cancelled().await;
+        self.why.get().cloned().unwrap_or_default()
     }
 }
 
@@ -239,7 +272,8 @@ impl Link {
         counters.rows.fetch_add(dispatch.rows() as u64, Relaxed);
         let batch_id = self.0.next_batch.fetch_add(1, Relaxed);
         let (answer, answered) = oneshot::channel();
-        let (out, cut) = {
+        let small = dispatch.returned_rows() * self.0.hidden * size_of::<f32>() <= LOOKED_FOR;
+        let (out, cut, lookout) = {
             let mut stream = self.0.stream.lock();
             let Some(out) = stream.out.clone() else { return self.lost("there is no connection") };
             if stream.waiting.len() >= UNANSWERED_MAX {
@@ -248,7 +282,7 @@ impl Link {
             let (rows, assignments, sent) = (dispatch.returned_rows(), dispatch.assignments(), Instant::now());
             let waiting = Waiting { rows, assignments, sent, late_at, answer: Some(answer) };
             stream.waiting.insert(batch_id, waiting);
-            (out, stream.cut.clone())
+            (out, stream.cut.clone(), if small { stream.look_out() } else { None })
         };
         let mut forget = Forget { link: self, batch_id, sent: false };
         // A worker that cannot be in time says so itself, a little before it would be taken for dead.
@@ -262,7 +296,8 @@ impl Link {
                 return self.lost("the connection broke");
             }
             forget.sent = true;
-            answered.await.unwrap_or_else(|_| self.lost("the connection broke"))
+            let answered = self.look_for(answered, lookout.as_deref(), &cut).await;
+            answered.unwrap_or_else(|_| self.lost("the connection broke"))
         };
         match timeout(patience, exchange).await {
             Ok(reply) => {
@@ -272,8 +307,28 @@ impl Link {
                 reply
             }
             Err(_) => {
-                cut.cancel();
+                cut.because("a batch was not answered in time".to_owned());
                 self.lost("it did not answer in time")
+            }
+        }
+    }
+
+    /// Waits for an answer that the wire's thread brings, and looks for it meanwhile: who finds an answer first, be it for
+    /// somebody else, gives it to whom it belongs.
+    async fn look_for(
+        &self,
+        mut answered: oneshot::Receiver<codec::Reply>,
+        lookout: Option<&Lookout>,
+        cut: &Cut,
+    ) -> Result<codec::Reply, oneshot::error::RecvError> {
+        let Some(lookout) = lookout else { return answered.await };
+        loop {
+            tokio::select! {
+                biased;
+                reply = &mut answered => return reply,
+                message = lookout.next() => if let Err(why) = self.answer(message) {
+                    cut.because(why);
+                }
             }
         }
     }
@@ -365,8 +420,8 @@ impl Link {
         timeout(OPEN_TIMEOUT * 2, open).await.unwrap_or_else(|_| Err("it does not answer".to_owned()))
     }
 
-    fn up(&self, out: Outbox) -> CancellationToken {
-        let cut = CancellationToken::new();
+    fn up(&self, out: Outbox) -> Cut {
+        let cut = Cut::default();
         *self.0.stream.lock() = Stream { out: Some(out), cut: cut.clone(), ..Stream::default() };
         cut
     }
@@ -377,11 +432,11 @@ impl Link {
     }
 
     /// Gives answers to those who wait, until the stream ends.
-    async fn receive(&self, mut inbound: Inbox, cut: &CancellationToken) -> Ending {
+    async fn receive(&self, mut inbound: Inbox, cut: &Cut) -> Ending {
         loop {
             let message = tokio::select! {
                 message = inbound.next() => message,
-                () = cut.cancelled() => return Ending::Unreliable("a batch was not answered in time".to_owned()),
+                why = cut.happens() => return Ending::Unreliable(why),
                 () = self.0.stop.cancelled() => return Ending::Broken("the worker left".to_owned()),
             };
             match message {

@@ -3,8 +3,9 @@
 //!
 //! Whoever sends also writes: the message is handed to HTTP/2 and the socket on the sender's own thread, because waking
 //! another one to do it takes longer than to write a few rows. What the socket does not take at once, and all that
-//! arrives, is the business of the connection's task, on the runtime that opened it. The two never wait for each other:
-//! a sender that finds the connection in use leaves its message in the queue and rouses the task.
+//! arrives, is the business of the connection's task, on the runtime that opened it. A sender that finds the connection in
+//! use does not wait: it leaves its message in the queue and rouses the task. Who waits for a message may look for it
+//! beside the inbox ([`super::lookout`]); whoever comes first has it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -12,7 +13,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
 use futures::task::AtomicWaker;
@@ -26,11 +27,12 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::assembly::Assembly;
+use super::eager::Eager;
 use crate::server::{
     INTERNAL_CONNECTION_WINDOW, INTERNAL_FRAME, INTERNAL_KEEP_ALIVE, INTERNAL_KEEP_ALIVE_TIMEOUT,
     INTERNAL_STREAM_WINDOW, MAX_INTERNAL_MESSAGE,
 };
-use crate::socket::Socket;
+use crate::socket::{Socket, Twin};
 
 /// What may wait for the socket, KiB: two of the largest messages.
 const QUEUE_KIB: usize = 2 * MAX_INTERNAL_MESSAGE / 1024;
@@ -44,23 +46,22 @@ pub struct Closed;
 
 /// Where messages are sent.
 #[derive(Clone, Debug)]
-pub struct Outbox(Arc<Shared>);
+pub struct Outbox(pub(super) Arc<Shared>);
 
 /// Where messages arrive. Dropping it ends the connection.
 #[derive(Debug)]
 pub struct Inbox {
     shared: Arc<Shared>,
-    stream: RecvStream,
-    assembly: Assembly,
     _task: AbortOnDropHandle<()>,
 }
 
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     queue: Mutex<VecDeque<Queued>>,
     room: Arc<Semaphore>,
     /// `None` once it has ended.
     line: Mutex<Option<Line>>,
+    incoming: Mutex<Incoming>,
     task: AtomicWaker,
     /// It ended because the other end no longer answered.
     silent: AtomicBool,
@@ -75,9 +76,21 @@ struct Queued {
 /// The connection and the way into it.
 #[derive(Debug)]
 struct Line {
-    connection: Connection<Socket, Bytes>,
+    connection: Connection<Eager, Bytes>,
     stream: SendStream<Bytes>,
     /// Of the connection's task, whoever polls.
+    waker: Waker,
+    /// Until a lookout takes it.
+    twin: Option<Twin>,
+}
+
+/// What has arrived, and not been taken.
+#[derive(Debug)]
+struct Incoming {
+    /// `None` until the other end has accepted the stream.
+    stream: Option<RecvStream>,
+    assembly: Assembly,
+    /// Of the inbox, whoever polls.
     waker: Waker,
 }
 
@@ -95,7 +108,8 @@ pub async fn open(
         .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
         .max_frame_size(INTERNAL_FRAME)
         .max_send_buffer_size(SEND_BUFFER);
-    let (requests, mut connection) = builder.handshake::<_, Bytes>(socket).await.map_err(broken)?;
+    let twin = socket.twin().map_err(|error| Status::unavailable(error.to_string()))?;
+    let (requests, mut connection) = builder.handshake::<_, Bytes>(Eager(socket)).await.map_err(broken)?;
     let pings = connection.ping_pong();
     let mut request = Request::post(format!("http://{authority}{path}"))
         .header(http::header::CONTENT_TYPE, "application/grpc")
@@ -106,18 +120,21 @@ pub async fn open(
     let request = request.body(()).map_err(|error| Status::internal(error.to_string()))?;
     let mut requests = requests.ready().await.map_err(broken)?;
     let (response, stream) = requests.send_request(request, false).map_err(broken)?;
-    let line = Line { connection, stream, waker: Waker::noop().clone() };
+    let noop = || Waker::noop().clone();
+    let line = Line { connection, stream, waker: noop(), twin: Some(twin) };
     let shared = Arc::new(Shared {
         queue: Mutex::default(),
         room: Arc::new(Semaphore::new(QUEUE_KIB)),
         line: Mutex::new(Some(line)),
+        incoming: Mutex::new(Incoming { stream: None, assembly: Assembly::default(), waker: noop() }),
         task: AtomicWaker::new(),
         silent: AtomicBool::new(false),
     });
     let task = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&shared).run(pings)));
     let (parts, stream) = response.await.map_err(broken)?.into_parts();
     accepted(&Response::from_parts(parts, ()))?;
-    let inbox = Inbox { shared: Arc::clone(&shared), stream, assembly: Assembly::default(), _task: task };
+    shared.incoming.lock().stream = Some(stream);
+    let inbox = Inbox { shared: Arc::clone(&shared), _task: task };
     Ok((Outbox(shared), inbox))
 }
 
@@ -152,6 +169,16 @@ impl Outbox {
 }
 
 impl Inbox {
+    /// The next message; `None` where the other end has ended the stream in order. May be dropped half-way.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+        poll_fn(|cx| {
+            let mut incoming = self.shared.incoming.lock();
+            incoming.waker.clone_from(cx.waker());
+            incoming.poll_next()
+        })
+        .await
+    }
+
     /// Whether the connection ended because the other end no longer answered keep-alives.
     pub fn fell_silent(&self) -> bool {
         self.shared.silent.load(Relaxed)
@@ -174,6 +201,29 @@ impl Shared {
         let Some(line) = line.as_mut() else { return Poll::Ready(()) };
         line.waker.clone_from(cx.waker());
         line.turn(&self.queue)
+    }
+
+    /// Reads what has arrived, on the thread of whoever asks, and takes the first message that is whole. What the stream's
+    /// end means is for the inbox to find, which is told. Nothing is waited for: who has the connection reads it.
+    pub(super) fn look(&self) -> Option<Bytes> {
+        if let Some(mut line) = self.line.try_lock() {
+            let _ = line.as_mut()?.turn(&self.queue);
+        }
+        let mut incoming = self.incoming.try_lock()?;
+        match incoming.poll_next() {
+            Poll::Ready(Ok(Some(message))) => Some(message),
+            // Either is found again by whoever looks again.
+            Poll::Ready(Ok(None) | Err(_)) => {
+                incoming.waker.wake_by_ref();
+                None
+            }
+            Poll::Pending => None,
+        }
+    }
+
+    /// The socket once more, for whoever comes first.
+    pub(super) fn twin(&self) -> Option<Twin> {
+        self.line.lock().as_mut()?.twin.take()
     }
 
     fn close(&self) {
@@ -232,31 +282,32 @@ impl Line {
     }
 }
 
-impl Inbox {
-    /// The next message; `None` where the other end has ended the stream in order. May be dropped half-way.
-    pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
+impl Incoming {
+    /// As [`Inbox::next`], for the inbox's waker.
+    fn poll_next(&mut self) -> Poll<Result<Option<Bytes>, Status>> {
+        let Some(stream) = &mut self.stream else { return Poll::Pending };
+        let mut cx = Context::from_waker(&self.waker);
         loop {
             if let Some(message) = self.assembly.next()? {
-                return Ok(Some(message));
+                return Poll::Ready(Ok(Some(message)));
             }
-            match poll_fn(|cx| self.stream.poll_data(cx)).await {
+            match ready!(stream.poll_data(&mut cx)) {
                 Some(Ok(frame)) => {
-                    self.stream.flow_control().release_capacity(frame.len()).map_err(broken)?;
+                    stream.flow_control().release_capacity(frame.len()).map_err(broken)?;
                     self.assembly.push(frame);
                 }
-                Some(Err(error)) => return Err(broken(error)),
-                None if !self.assembly.is_empty() => return Err(Status::unavailable("ended within a message")),
-                None => return self.ended().await,
+                Some(Err(error)) => return Poll::Ready(Err(broken(error))),
+                None if !self.assembly.is_empty() => {
+                    return Poll::Ready(Err(Status::unavailable("ended within a message")));
+                }
+                None => break,
             }
         }
-    }
-
-    async fn ended(&mut self) -> Result<Option<Bytes>, Status> {
-        let trailers = poll_fn(|cx| self.stream.poll_trailers(cx)).await.map_err(broken)?;
-        match Status::from_header_map(&trailers.unwrap_or_else(HeaderMap::new)) {
+        let trailers = ready!(stream.poll_trailers(&mut cx)).map_err(broken)?;
+        Poll::Ready(match Status::from_header_map(&trailers.unwrap_or_else(HeaderMap::new)) {
             Some(status) if status.code() != tonic::Code::Ok => Err(status),
             _ => Ok(None),
-        }
+        })
     }
 }
 

@@ -7,10 +7,13 @@
 mod answer;
 mod assembly;
 mod call;
+mod eager;
+mod lookout;
 
 pub use answer::{Front, Handler, Inbound};
 pub use assembly::{HEADER, Message, TooLong};
 pub use call::{Closed, Inbox, Outbox, open};
+pub use lookout::Lookout;
 
 #[cfg(test)]
 mod tests;

@@ -89,6 +89,64 @@ async fn messages_of_all_sizes_come_back_in_order_over_both_sockets() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_looks_and_who_waits_find_each_message_once_between_them() {
+    const MESSAGES: u32 = 2_000;
+    let (address, _, _stop) = peer("lookout").await;
+    let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
+    let lookout = outbox.look_out().unwrap();
+    assert!(outbox.look_out().is_none(), "there is one");
+    let (found, mut all) = mpsc::channel(16);
+    let waiting = found.clone();
+    tokio::spawn(async move {
+        while let Ok(Some(message)) = inbox.next().await {
+            waiting.send(message).await.unwrap();
+        }
+    });
+    tokio::spawn(async move {
+        loop {
+            let message = lookout.next().await;
+            found.send(message).await.unwrap();
+        }
+    });
+    let sending = tokio::spawn(async move {
+        for number in 0..MESSAGES {
+            // Now and then one that comes in pieces.
+            let mut body = vec![7; if number % 50 == 0 { 300_000 } else { 40 }];
+            body.extend(number.to_le_bytes());
+            outbox.send(framed(&body)).await.unwrap();
+        }
+        outbox
+    });
+    let mut numbers = Vec::new();
+    while numbers.len() < MESSAGES as usize {
+        let message = all.recv().await.unwrap();
+        numbers.push(u32::from_le_bytes(message.last_chunk().copied().unwrap()));
+    }
+    numbers.sort_unstable();
+    assert!(numbers.into_iter().eq(0..MESSAGES));
+    drop(sending.await.unwrap());
+}
+
+#[tokio::test]
+async fn who_looks_alone_finds_what_the_others_thread_was_not_told_of() {
+    let (address, _, _stop) = peer("alone").await;
+    // The connection's own runtime does nothing once the stream is open.
+    let opening = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let stream = runtime.block_on(async { opened(channel::tcp(&address).await.unwrap(), "").await.unwrap() });
+        (runtime, stream)
+    };
+    let (asleep, (outbox, inbox)) = tokio::task::spawn_blocking(opening).await.unwrap();
+    let lookout = outbox.look_out().unwrap();
+    for body in [&b"one"[..], b"two"] {
+        outbox.send(framed(body)).await.unwrap();
+        assert_eq!(lookout.next().await, body);
+    }
+    drop(inbox);
+    asleep.shutdown_background();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn many_senders_share_a_stream_and_no_message_is_torn() {
     let (address, _, _stop) = peer("senders").await;
     let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();

@@ -264,7 +264,7 @@ async fn channel_to(address: String, local: Option<String>) -> std::io::Result<S
 /// One `Exchange` stream as the router holds it: bytes with their checksums, both ways.
 struct Stream {
     outbox: Outbox,
-    lookout: Lookout,
+    lookout: Option<Lookout>,
     answers: mpsc::Receiver<Bytes>,
     batch_id: u64,
     _wire: WireThread,
@@ -284,25 +284,28 @@ impl Stream {
                 }
             }
         });
-        let lookout = outbox.look_out().context("the stream has ended")?;
-        Ok(Self { outbox, lookout, answers, batch_id: 0, _wire: wire })
+        Ok(Self { outbox, lookout: None, answers, batch_id: 0, _wire: wire })
     }
 
     async fn round_trip(&mut self, mut batch: wire::DispatchBatch) -> anyhow::Result<Bytes> {
+        if batch.hidden.len() > LOOKED_FOR {
+            self.lookout = None;
+        } else if self.lookout.is_none() {
+            self.lookout = self.outbox.look_out();
+        }
         self.batch_id += 1;
         batch.batch_id = self.batch_id;
         batch.checksum = Some(integrity::of_dispatch(&batch));
         let mut message = Message::with_capacity(batch.encoded_len());
         batch.encode(message.body())?;
         self.outbox.send(message.finish()?).await?;
-        let answer = if batch.hidden.len() <= LOOKED_FOR {
-            tokio::select! {
+        let answer = match &self.lookout {
+            Some(lookout) => tokio::select! {
                 biased;
                 answer = self.answers.recv() => answer,
-                answer = self.lookout.next() => Some(answer),
-            }
-        } else {
-            self.answers.recv().await
+                answer = lookout.next() => Some(answer),
+            },
+            None => self.answers.recv().await,
         };
         let answer = wire::CombineBatch::decode(answer.context("the stream ended")?)?;
         ensure!(answer.batch_id == self.batch_id, "batch {} was answered by {}", self.batch_id, answer.batch_id);

@@ -33,6 +33,13 @@ pub(crate) enum Twin {
 }
 
 impl Twin {
+    pub(crate) fn try_clone(&self) -> io::Result<Self> {
+        Ok(match self {
+            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
+            Self::Local(socket) => Self::Local(socket.try_clone()?),
+        })
+    }
+
     /// Has the runtime of the moment told of what arrives, beside the one that was told before.
     pub(crate) fn register(self) -> io::Result<Socket> {
         Ok(match self {
@@ -43,7 +50,7 @@ impl Twin {
 }
 
 impl Socket {
-    /// The same socket, for another runtime. It stays open until both are gone.
+    /// The same socket, for another runtime. It stays open until all are gone.
     pub(crate) fn twin(&self) -> io::Result<Twin> {
         let fd = self.as_fd().try_clone_to_owned()?;
         Ok(match self {

@@ -39,8 +39,8 @@ use crate::phases::Phase;
 
 /// How long a worker is avoided after a late answer: doubles from the first to the second with each one in a row.
 const TARDY: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(8));
-/// Whoever waits for an answer of at most so many bytes looks for it itself. Of a larger one, which comes in many pieces, it
-/// is left alone by the first ones.
+/// Whoever waits for an answer of at most so many bytes looks for it itself. A larger one comes in many pieces, each of which
+/// would wake two threads.
 const LOOKED_FOR: usize = 64 << 10;
 /// Batches that one worker may owe an answer for.
 const UNANSWERED_MAX: usize = 1024;
@@ -82,7 +82,7 @@ struct Shared {
 struct Stream {
     /// `None` while there is no connection.
     out: Option<Outbox>,
-    /// What tells the engine's thread of arrivals, from its first batch on.
+    /// What tells the engine's thread of arrivals, while answers are small.
     lookout: Option<Arc<Lookout>>,
     waiting: HashMap<u64, Waiting>,
     cut: Cut,
@@ -97,9 +97,11 @@ struct Stream {
 }
 
 impl Stream {
-    /// What tells the runtime of the moment of arrivals, if the stream has not ended.
-    fn look_out(&mut self) -> Option<Arc<Lookout>> {
-        if self.lookout.is_none() {
+    /// What tells the runtime of the moment of arrivals, if the next answer is small.
+    fn look_out(&mut self, small: bool) -> Option<Arc<Lookout>> {
+        if !small {
+            self.lookout = None;
+        } else if self.lookout.is_none() {
             self.lookout = self.out.as_ref()?.look_out().map(Arc::new);
         }
         self.lookout.clone()
@@ -282,7 +284,7 @@ impl Link {
             let (rows, assignments, sent) = (dispatch.returned_rows(), dispatch.assignments(), Instant::now());
             let waiting = Waiting { rows, assignments, sent, late_at, answer: Some(answer) };
             stream.waiting.insert(batch_id, waiting);
-            (out, stream.cut.clone(), if small { stream.look_out() } else { None })
+            (out, stream.cut.clone(), stream.look_out(small))
         };
         let mut forget = Forget { link: self, batch_id, sent: false };
         // A worker that cannot be in time says so itself, a little before it would be taken for dead.

@@ -80,8 +80,10 @@ struct Line {
     stream: SendStream<Bytes>,
     /// Of the connection's task, whoever polls.
     waker: Waker,
-    /// Until a lookout takes it.
-    twin: Option<Twin>,
+    /// For lookouts.
+    twin: Twin,
+    /// Whether this turn is a look's: the socket is read though the runtime has not heard of anything.
+    looking: Arc<AtomicBool>,
 }
 
 /// What has arrived, and not been taken.
@@ -108,8 +110,10 @@ pub async fn open(
         .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
         .max_frame_size(INTERNAL_FRAME)
         .max_send_buffer_size(SEND_BUFFER);
+    let looking = Arc::new(AtomicBool::new(false));
     let twin = socket.twin().map_err(|error| Status::unavailable(error.to_string()))?;
-    let (requests, mut connection) = builder.handshake::<_, Bytes>(Eager(socket)).await.map_err(broken)?;
+    let (requests, mut connection) =
+        builder.handshake::<_, Bytes>(Eager::new(socket, Arc::clone(&looking))).await.map_err(broken)?;
     let pings = connection.ping_pong();
     let mut request = Request::post(format!("http://{authority}{path}"))
         .header(http::header::CONTENT_TYPE, "application/grpc")
@@ -121,7 +125,7 @@ pub async fn open(
     let mut requests = requests.ready().await.map_err(broken)?;
     let (response, stream) = requests.send_request(request, false).map_err(broken)?;
     let noop = || Waker::noop().clone();
-    let line = Line { connection, stream, waker: noop(), twin: Some(twin) };
+    let line = Line { connection, stream, waker: noop(), twin, looking };
     let shared = Arc::new(Shared {
         queue: Mutex::default(),
         room: Arc::new(Semaphore::new(QUEUE_KIB)),
@@ -207,7 +211,11 @@ impl Shared {
     /// end means is for the inbox to find, which is told. Nothing is waited for: who has the connection reads it.
     pub(super) fn look(&self) -> Option<Bytes> {
         if let Some(mut line) = self.line.try_lock() {
-            let _ = line.as_mut()?.turn(&self.queue);
+            let line = line.as_mut()?;
+            line.looking.store(true, Relaxed);
+            // Whether it has ended is for the task to find.
+            let _ = line.turn(&self.queue);
+            line.looking.store(false, Relaxed);
         }
         let mut incoming = self.incoming.try_lock()?;
         match incoming.poll_next() {
@@ -221,9 +229,9 @@ impl Shared {
         }
     }
 
-    /// The socket once more, for whoever comes first.
+    /// The socket once more.
     pub(super) fn twin(&self) -> Option<Twin> {
-        self.line.lock().as_mut()?.twin.take()
+        self.line.lock().as_ref()?.twin.try_clone().ok()
     }
 
     fn close(&self) {

@@ -1,4 +1,4 @@
-//! A socket that is read when it is asked, whether or not its runtime has heard of what arrived. In: the runtime's socket.
+//! A socket that is read when somebody looks, whether or not its runtime has heard of what arrived. In: the runtime's socket.
 //! Out: the same, for HTTP/2. Nothing is waited for here that the runtime would not tell of.
 //!
 //! A runtime's socket is read only once the runtime's own thread has been told that there is something to read. Whoever
@@ -6,25 +6,45 @@
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::task::{Context, Poll};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::socket::Socket;
 
+/// Read at once by a look: more is what the runtime's thread is for.
+const MOST: usize = 16 << 10;
+
 #[derive(Debug)]
-pub(super) struct Eager(pub(super) Socket);
+pub(super) struct Eager {
+    socket: Socket,
+    /// Whether somebody looks.
+    looking: Arc<AtomicBool>,
+}
+
+impl Eager {
+    pub(super) fn new(socket: Socket, looking: Arc<AtomicBool>) -> Self {
+        Self { socket, looking }
+    }
+}
 
 impl AsyncRead for Eager {
     /// Where there is nothing, the runtime's socket finds so too, and keeps the waker.
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         use rustix::io::Errno;
-        match rustix::io::read(&self.0, buf.initialize_unfilled()) {
+        if !self.looking.load(Relaxed) {
+            return Pin::new(&mut self.socket).poll_read(cx, buf);
+        }
+        let room = buf.remaining().min(MOST);
+        match rustix::io::read(&self.socket, buf.initialize_unfilled_to(room)) {
             Ok(read) => {
                 buf.advance(read);
                 Poll::Ready(Ok(()))
             }
-            Err(Errno::AGAIN | Errno::INTR) => Pin::new(&mut self.0).poll_read(cx, buf),
+            Err(Errno::AGAIN | Errno::INTR) => Pin::new(&mut self.socket).poll_read(cx, buf),
             Err(error) => Poll::Ready(Err(error.into())),
         }
     }
@@ -32,15 +52,15 @@ impl AsyncRead for Eager {
 
 impl AsyncWrite for Eager {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write(cx, buf)
+        Pin::new(&mut self.socket).poll_write(cx, buf)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_flush(cx)
+        Pin::new(&mut self.socket).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.0).poll_shutdown(cx)
+        Pin::new(&mut self.socket).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
@@ -48,10 +68,10 @@ impl AsyncWrite for Eager {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.0).poll_write_vectored(cx, bufs)
+        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.0.is_write_vectored()
+        self.socket.is_write_vectored()
     }
 }

@@ -18,8 +18,8 @@ pub struct Lookout {
 }
 
 impl Outbox {
-    /// Has the runtime of the moment told when something arrives. There is one lookout for a stream, for whoever asks
-    /// first, and none where the connection has ended or the runtime cannot.
+    /// Has the runtime of the moment told when something arrives, whatever it is, until the lookout is dropped. There is
+    /// none where the connection has ended or the runtime cannot.
     pub fn look_out(&self) -> Option<Lookout> {
         let socket = self.0.twin()?.register().ok()?;
         Some(Lookout { shared: Arc::clone(&self.0), socket })

@@ -59,10 +59,15 @@ impl Socket {
         })
     }
 
-    /// Waits until something may have arrived, and what `look` finds then. May be dropped half-way.
+    /// Waits until something may have arrived, and what `look` finds then. May be dropped half-way. An error once the other
+    /// end has ended, whatever it sent before.
     pub(crate) async fn arrival<T>(&self, mut look: impl FnMut() -> Option<T>) -> io::Result<T> {
         loop {
-            either!(self, socket => socket.readable().await)?;
+            let ready = either!(self, socket => socket.ready(Interest::READABLE).await)?;
+            // Such a socket stays ready for ever.
+            if ready.is_read_closed() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             // What arrives after this look is told again.
             let found = || look().ok_or_else(|| io::ErrorKind::WouldBlock.into());
             match either!(self, socket => socket.try_io(Interest::READABLE, found)) {

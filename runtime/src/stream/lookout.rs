@@ -31,7 +31,7 @@ impl Lookout {
     pub async fn next(&self) -> Bytes {
         match self.socket.arrival(|| self.shared.look()).await {
             Ok(message) => message,
-            // The runtime is about to end.
+            // The connection has ended, or the runtime: there is nothing more to look for.
             Err(_) => std::future::pending().await,
         }
     }

@@ -145,6 +145,23 @@ async fn who_looks_alone_finds_what_the_others_thread_was_not_told_of() {
     asleep.shutdown_background();
 }
 
+#[tokio::test]
+async fn who_looks_when_the_other_end_goes_away_waits_and_does_nothing_else() {
+    let (address, _, stop) = peer("gone").await;
+    let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "end").await.unwrap();
+    let lookout = outbox.look_out().unwrap();
+    outbox.send(framed(b"last words")).await.unwrap();
+    drop(stop);
+    // Both on this very thread: a look that never let go of it would be the end of the other.
+    tokio::select! {
+        message = lookout.next() => panic!("{message:?} from nobody"),
+        ended = async { while inbox.next().await.is_ok_and(|message| message.is_some()) {} } => ended,
+    }
+    drop(inbox);
+    let more = tokio::time::timeout(Duration::from_millis(50), lookout.next()).await;
+    assert!(more.is_err(), "there is nothing more to find");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn many_senders_share_a_stream_and_no_message_is_torn() {
     let (address, _, _stop) = peer("senders").await;

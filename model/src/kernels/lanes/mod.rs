@@ -136,7 +136,7 @@ struct Lines<'a, W> {
     start: *const W,
     inner: usize,
     scales: Scales<'a>,
-    /// Whether what comes next is to be fetched: it comes from memory, and is used once.
+    /// Whether what comes next is to be fetched: it comes from memory.
     fetch: bool,
 }
 

@@ -6,7 +6,7 @@
 mod vectors;
 
 #[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+use std::arch::x86_64::_MM_HINT_T0;
 
 use half::bf16;
 
@@ -14,6 +14,8 @@ use half::bf16;
 use vectors::{Avx2, Avx512};
 use vectors::{Lanes, Portable};
 
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
@@ -376,10 +378,7 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
 #[inline(always)]
 fn fetch_line<W>(line: *const W, values: usize) {
     #[cfg(target_arch = "x86_64")]
-    for byte in (0..values * size_of::<W>()).step_by(64) {
-        // SAFETY: fetching ahead touches nothing, wherever it points.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast::<i8>().wrapping_add(byte)) };
-    }
+    tiles::fetch::<_MM_HINT_T0>(line.cast(), (values * size_of::<W>()).div_ceil(64));
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (line, values);
 }

@@ -60,7 +60,7 @@ pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
     run_all(&work, &|index, strips, rows| {
         let Job { x, matrix, bias, out, stride, offset } = jobs[index];
         with_scratch(|scratch| {
-            fetch_first(&matrix, &strips, x.rows);
+            fetch_first(&matrix, &strips, x);
             for strip in strips.clone() {
                 let next = following(&matrix, strip, &strips);
                 let (first, outs) = place(strip, matrix.out);
@@ -83,13 +83,16 @@ pub(super) fn following(matrix: &Matrix<'_>, strip: usize, strips: &Range<usize>
     if strip + 1 < strips.end { matrix.row((strip + 1) * STRIP) } else { std::ptr::null() }
 }
 
-/// Has the first strip of a run brought nearer, all at once: nobody has done so while computing what was before it. Of many
+/// Has the beginning of a run brought nearer, all at once: nobody has done so while computing what was before it. Of many
 /// rows it does not matter.
-pub(super) fn fetch_first(matrix: &Matrix<'_>, strips: &Range<usize>, rows: usize) {
+pub(super) fn fetch_first(matrix: &Matrix<'_>, strips: &Range<usize>, x: &Operand) {
     #[cfg(target_arch = "x86_64")]
-    if rows <= TILE_ROWS {
+    if x.rows <= TILE_ROWS {
         let (first, outs) = place(strips.start, matrix.out);
-        tiles::fetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(matrix.row(first), outs * matrix.row_bytes() / 64);
+        let strip = outs * matrix.row_bytes();
+        // Vectors fetch for themselves from there on.
+        let bytes = if let Format::Lanes { .. } = x.format { strip.min(lanes::AHEAD) } else { strip };
+        tiles::fetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(matrix.row(first), bytes / 64);
     }
 }
 

@@ -55,11 +55,11 @@ pub(crate) unsafe fn swiglu(isa: Isa, dtype: Dtype, networks: &[Network<'_>]) {
     run_all(&work, &|index, strips, rows| {
         let Network { gate, up, .. } = &networks[index];
         let (x, between) = (&for_gate[index], &between[index]);
-        let x_up = for_up[index].as_ref().unwrap_or(x).view(rows.clone());
-        let x = x.view(rows.clone());
+        let x_up = for_up[index].as_ref().unwrap_or(x);
         product::with_two(|one, two| {
-            fetch_first(gate, &strips, x.rows);
-            fetch_first(up, &strips, x.rows);
+            fetch_first(gate, &strips, x);
+            fetch_first(up, &strips, x_up);
+            let (x, x_up) = (x.view(rows.clone()), x_up.view(rows.clone()));
             for strip in strips.clone() {
                 let (first, outs) = place(strip, gate.out);
                 let gated = one.strip(isa, gate, strip, following(gate, strip, &strips), &x);

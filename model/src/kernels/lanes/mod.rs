@@ -33,7 +33,7 @@ const IN_PLACE_ROWS: usize = 16;
 /// chunks, or are made f32 first.
 const CHUNK: usize = 128;
 /// Bytes that weights are fetched ahead, at least: what is computed meanwhile takes as long as memory.
-const AHEAD: usize = 8 << 10;
+pub(super) const AHEAD: usize = 8 << 10;
 /// Outputs whose weights are made f32 together, where rows are many: they stay in the core's second cache, and the rows of a
 /// block in its first.
 const WIDENED: usize = 8;
@@ -257,7 +257,7 @@ unsafe fn rows_by<L: Lanes, W: Element>(lines: Lines<'_, W>, outs: usize, x: &Vi
                 3 => outs_by::<L, W, 2, 3>(lines, outs, x, row, y),
                 2 if L::ROWS > 3 => outs_by::<L, W, 4, 2>(lines, outs, x, row, y),
                 2 => outs_by::<L, W, 2, 2>(lines, outs, x, row, y),
-                1 if L::ROWS < 4 && W::SCALED => outs_by::<L, W, 2, 1>(lines, outs, x, row, y),
+                1 if L::ROWS < 4 => outs_by::<L, W, 2, 1>(lines, outs, x, row, y),
                 _ => outs_by::<L, W, 4, 1>(lines, outs, x, row, y),
             }
         }
@@ -318,11 +318,12 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
             // Dividing takes long, and blocks are of one size as a rule.
             stretch = if scales.block == CHUNK { at / CHUNK } else { at / scales.block };
         }
-        for o in 0..O {
-            if fetch && row == 0 {
-                fetch_line(weights[o].wrapping_add(ahead + at), end - at);
-            }
-            if W::SCALED {
+        if fetch && row == 0 {
+            // In the order of memory, whatever the order of use: that is what memory is quick at.
+            fetch_line(weights[0].wrapping_add(ahead + at * O), (end - at) * O);
+        }
+        if W::SCALED {
+            for o in 0..O {
                 factors[o] = L::factor(scales.values[scale_lines[o] + stretch]);
             }
         }

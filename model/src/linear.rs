@@ -129,26 +129,21 @@ impl Linear {
     /// `[T, in]` to `[T, out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         match (self.for_libtorch(x.size()[0]), tile(self.compute)) {
-            (None, _) => self.by_kernels(x),
+            (None, _) => {
+                let [y] = side_by_side([self], x);
+                y
+            }
             (Some(weight), None) => self.product(x, weight),
             (Some(weight), Some(tile)) => self.tiled(x, weight, tile),
         }
     }
 
-    fn by_kernels(&self, x: &Tensor) -> Tensor {
-        let (matrix, x) = (self.matrix(), x.contiguous());
-        let format = Format::of(Isa::best(), self.compute.dtype, &matrix);
-        let operand = Operand::of(format, tensor::rows(&x), matrix.inner);
-        let y = Tensor::empty([x.size()[0], self.out], (x.kind(), tch::Device::Cpu));
-        let bias = self.bias.as_ref().map(|bias| tensor::f32s(bias));
-        let (out, stride) = (tensor::out(&y), matrix.out);
-        let job = Job { x: &operand, matrix, bias, out, stride, offset: 0 };
-        // SAFETY: `y` is `[T, out]`, and nobody else's yet.
-        #[allow(unsafe_code)]
-        unsafe {
-            products(Isa::best(), &[job]);
+    /// `[T, in]` through each of `linears`, on the processor as one piece of work: threads meet once for all of them.
+    pub(crate) fn forward_all<const N: usize>(linears: [&Self; N], x: &Tensor) -> [Tensor; N] {
+        if linears.iter().any(|linear| linear.for_libtorch(x.size()[0]).is_some()) {
+            return linears.map(|linear| linear.forward(x));
         }
-        y
+        side_by_side(linears, x)
     }
 
     fn product(&self, x: &Tensor, weight: &Tensor) -> Tensor {
@@ -170,6 +165,28 @@ impl Linear {
             None => y,
         }
     }
+}
+
+/// `[T, in]` through each of `linears`, by our own kernels.
+fn side_by_side<const N: usize>(linears: [&Linear; N], x: &Tensor) -> [Tensor; N] {
+    let x = x.contiguous();
+    let laid_out = linears.map(|linear| {
+        let matrix = linear.matrix();
+        Operand::of(Format::of(Isa::best(), linear.compute.dtype, &matrix), tensor::rows(&x), matrix.inner)
+    });
+    let y = linears.map(|linear| Tensor::empty([x.size()[0], linear.out], (x.kind(), tch::Device::Cpu)));
+    let job = |nth: usize| {
+        let (linear, matrix) = (linears[nth], linears[nth].matrix());
+        let bias = linear.bias.as_ref().map(|bias| tensor::f32s(bias));
+        Job { x: &laid_out[nth], matrix, bias, out: tensor::out(&y[nth]), stride: matrix.out, offset: 0 }
+    };
+    let jobs: [Job<'_>; N] = std::array::from_fn(job);
+    // SAFETY: each of `y` is `[T, out]`, and nobody else's yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        products(Isa::best(), &jobs);
+    }
+    y
 }
 
 /// Rows of every product, where that is fixed.

@@ -56,7 +56,7 @@ pub(crate) struct Job<'a> {
 /// # Safety
 /// Every job's `out` has room for its rows, which no other job and nobody else touches meanwhile.
 pub(crate) unsafe fn products(isa: Isa, jobs: &[Job<'_>]) {
-    let work: Vec<Work> = jobs.iter().map(|job| Work::of(&job.matrix, job.x.rows, jobs.len())).collect();
+    let work: Vec<Work> = jobs.iter().map(|job| Work::of(&job.matrix, job.x, jobs.len())).collect();
     run_all(&work, &|index, strips, rows| {
         let Job { x, matrix, bias, out, stride, offset } = jobs[index];
         with_scratch(|scratch| {
@@ -167,11 +167,13 @@ pub(super) struct Work {
 }
 
 impl Work {
-    /// For a product of `rows` rows, one of `jobs`.
-    pub(super) fn of(matrix: &Matrix<'_>, rows: usize, jobs: usize) -> Self {
-        let strips = matrix.out.div_ceil(STRIP);
-        // Two runs a thread or more: who is late leaves his to others, and three of one size are no two halves.
-        let runs = (2 * team::threads()).div_ceil(jobs);
+    /// For a product of the rows of `x`, one of `jobs`.
+    pub(super) fn of(matrix: &Matrix<'_>, x: &Operand, jobs: usize) -> Self {
+        let (strips, rows) = (matrix.out.div_ceil(STRIP), x.rows);
+        // Some runs a thread: who is late leaves his to others, and three of one size are no two halves. Tiles begin each by
+        // waiting for a whole strip, vectors hardly wait.
+        let each = if let Format::Lanes { .. } = x.format { 4 } else { 2 };
+        let runs = (each * team::threads()).div_ceil(jobs);
         let most = if rows > TILE_ROWS { MOST_STRIPS } else { strips };
         Self {
             strips,

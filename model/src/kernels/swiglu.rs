@@ -51,7 +51,7 @@ pub(crate) unsafe fn swiglu(isa: Isa, dtype: Dtype, networks: &[Network<'_>]) {
         .collect();
 
     let work: Vec<Work> =
-        networks.iter().zip(&for_gate).map(|(network, x)| Work::of(&network.gate, x.rows, networks.len())).collect();
+        networks.iter().zip(&for_gate).map(|(network, x)| Work::of(&network.gate, x, networks.len())).collect();
     run_all(&work, &|index, strips, rows| {
         let Network { gate, up, .. } = &networks[index];
         let (x, between) = (&for_gate[index], &between[index]);

@@ -25,8 +25,7 @@ const ROWS_AT_ONCE: usize = 16;
 impl Mla {
     /// As [`forward`](Mla::forward), on the processor.
     pub(super) fn by_kernels(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
-        let q = self.query.forward(x); // [T, H*(N+R)]
-        let kv = self.kv_a_proj.forward(x); // [T, C+R]
+        let (q, kv) = self.project(x); // [T, H*(N+R)], [T, C+R]
         let (q, kv) = (tensor::rows(&q), tensor::rows(&kv));
         self.remember(layer, kv, batch, cache);
         let queries = self.absorb_by_kernels(q, batch); // [T, H, C+R]

@@ -20,10 +20,10 @@ impl Mla {
         let rows = x.size()[0];
         let (rope, angles) = (batch.rope, &batch.angles);
         let Plan { slots, parts, order } = batch.plan();
-        let q = self.query.forward(x).view([rows, self.heads, self.nope + self.rope]);
+        let (q, kv) = self.project(x);
+        let q = q.view([rows, self.heads, self.nope + self.rope]);
         let q_nope = q.narrow(2, 0, self.nope); // [T, H, N]
         let q_pe = rope.rotate(&q.narrow(2, self.nope, self.rope), angles); // [T, H, R]
-        let kv = self.kv_a_proj.forward(x); // [T, C+R]
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
         let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
         let k_pe = rope.rotate(&k_pe, angles).squeeze_dim(1); // [T, R]

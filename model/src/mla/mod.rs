@@ -70,11 +70,19 @@ impl Query {
         })
     }
 
-    /// `[T, D]` to `[T, H*(N+R)]`.
-    fn forward(&self, x: &Tensor) -> Tensor {
+    /// What rows `[T, D]` go through first.
+    fn first(&self) -> &Linear {
         match self {
-            Self::Direct(proj) => proj.forward(x),
-            Self::Latent { down, norm, up } => up.forward(&norm.forward(&down.forward(x))),
+            Self::Direct(proj) => proj,
+            Self::Latent { down, .. } => down,
+        }
+    }
+
+    /// What came of that to `[T, H*(N+R)]`.
+    fn finish(&self, first: Tensor) -> Tensor {
+        match self {
+            Self::Direct(_) => first,
+            Self::Latent { norm, up, .. } => up.forward(&norm.forward(&first)),
         }
     }
 }
@@ -116,6 +124,12 @@ impl Mla {
             scale: ((nope + rope) as f64).powf(-0.5) * score_factor(&config.rope),
             numerics: compute.numerics,
         })
+    }
+
+    /// Rows `[T, D]` to queries `[T, H*(N+R)]`, and to latents and keys `[T, C+R]`.
+    fn project(&self, x: &Tensor) -> (Tensor, Tensor) {
+        let [query, kv] = Linear::forward_all([self.query.first(), &self.kv_a_proj], x);
+        (self.query.finish(query), kv)
     }
 
     /// Rows `[T, D]` of `batch` to rows `[T, D]`; their latents go to the cache.

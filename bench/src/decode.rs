@@ -73,12 +73,12 @@ async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload)
         // Started anew each turn: nobody's memory and threads are beside those of whoever is measured.
         ours.add(&measured(folder, async |cluster| of_cluster(cluster, turn).await).await?);
         for ((label, peer), (_, side)) in peers.iter_mut().zip(&mut sides) {
-            let Ok(peer) = peer else { continue };
+            // Who could not do it once is not asked again.
+            let (Ok(peer), Ok(measured)) = (peer, side.as_mut()) else { continue };
             eprintln!("decode: {name}, turn {turn} of {TURNS}, {label}");
-            match (peer.measure(folder, work).await, &mut *side) {
-                (Ok(rates), Ok(side)) => side.add(&rates),
-                (Err(error), side) => *side = Err(format!("{error:#}")),
-                (Ok(_), Err(_)) => {}
+            match peer.measure(folder, work).await {
+                Ok(rates) => measured.add(&rates),
+                Err(error) => *side = Err(format!("{error:#}")),
             }
         }
     }

@@ -3,7 +3,6 @@
 //! and whatever can be computed with it, so a turn may find nothing left to do. A panic or an error refuses the batch
 //! that caused it, and no other.
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -19,6 +18,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use crate::batcher::{Answer, Batcher, Pending, Refusal, Taken};
+use crate::held::Held;
 use crate::metrics::Metrics;
 
 /// A worker's speed is measured with this many rows, this many times, for at most so long: the best time counts, because
@@ -27,12 +27,9 @@ const MEASURED_ROWS: usize = 16;
 const MEASURED_TIMES: usize = 30;
 const MEASURED_FOR: Duration = Duration::from_millis(100);
 
-/// What the tensor thread owns.
-type Experts = HashMap<(u32, u16), Expert>;
-
 #[derive(Debug)]
 pub struct Executor {
-    thread: TensorThread<Experts>,
+    thread: TensorThread<Held>,
     waiting: Arc<Mutex<Batcher>>,
     metrics: Metrics,
 }
@@ -42,7 +39,7 @@ impl Executor {
     pub async fn start(threads: usize, queue: usize, metrics: Metrics) -> Result<Self, SpawnError<Infallible>> {
         let init = move || {
             init_thread(threads);
-            Ok(Experts::new())
+            Ok(Held::default())
         };
         // One place more than turns need: an expert that is being installed must not keep a batch from its turn.
         let thread = TensorThread::spawn("experts", queue + 1, init).await?;
@@ -70,12 +67,12 @@ impl Executor {
 
     /// Hands an expert to the tensor thread. It can be computed with once this returns.
     pub async fn install(&self, layer: LayerIdx, id: ExpertId, expert: Expert) -> Result<(), tensor_thread::Error> {
-        self.thread.run(move |experts| drop(experts.insert((layer.0, id.0), expert))).await
+        self.thread.run(move |experts| experts.insert(layer.0, id.0, expert)).await
     }
 
     /// Takes an expert from the tensor thread. A batch that still waits for it is refused then, as one that comes later.
     pub async fn remove(&self, layer: LayerIdx, id: ExpertId) -> Result<(), tensor_thread::Error> {
-        self.thread.run(move |experts| drop(experts.remove(&(layer.0, id.0)))).await
+        self.thread.run(move |experts| experts.remove(layer.0, id.0)).await
     }
 
     /// Rows a second through one installed expert, the best of some tries of a few rows each. 0 where it is not there.
@@ -94,8 +91,8 @@ impl Executor {
     }
 }
 
-fn speed(experts: &Experts, layer: u32, id: u16) -> f64 {
-    let Some(expert) = experts.get(&(layer, id)) else { return 0.0 };
+fn speed(experts: &Held, layer: u32, id: u16) -> f64 {
+    let Some(expert) = experts.get(layer, id) else { return 0.0 };
     let rows = MEASURED_ROWS;
     let batch = ExpertBatch {
         layer,
@@ -116,7 +113,7 @@ fn speed(experts: &Experts, layer: u32, id: u16) -> f64 {
 }
 
 /// One turn of the tensor thread.
-fn turn(experts: &Experts, waiting: &Mutex<Batcher>, metrics: &Metrics) {
+fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
     let started = Instant::now();
     let Taken { expired, group } = waiting.lock().take(started);
     for late in expired {
@@ -126,6 +123,9 @@ fn turn(experts: &Experts, waiting: &Mutex<Batcher>, metrics: &Metrics) {
     }
     if group.is_empty() {
         return;
+    }
+    if let Some(pending) = group.first() {
+        experts.lay_out(pending.batch.layer);
     }
     let outcomes = compute_group(experts, &group);
     let took = started.elapsed();
@@ -155,7 +155,7 @@ fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant,
 
 /// One outcome per batch. Where the group fails as a whole, a batch whose expert has gone since it was accepted is refused, and
 /// each other one is tried alone, so that only the one that cannot be computed is refused.
-fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
+fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
     let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
     let reason = match compute_batches(experts, &batches) {
         Ok(outputs) => return outputs.into_iter().map(Ok).collect(),
@@ -179,8 +179,8 @@ fn compute_group(experts: &Experts, group: &[Pending]) -> Vec<Result<Vec<f32>, R
 }
 
 /// The experts of a batch that are not here, ascending.
-fn missing(experts: &Experts, batch: &ExpertBatch) -> Vec<u16> {
-    let absent = |id: &&u16| !experts.contains_key(&(batch.layer, **id));
+fn missing(experts: &Held, batch: &ExpertBatch) -> Vec<u16> {
+    let absent = |id: &&u16| experts.get(batch.layer, **id).is_none();
     let mut missing: Vec<u16> = batch.expert_ids.iter().filter(absent).copied().collect();
     missing.sort_unstable();
     missing.dedup();
@@ -188,9 +188,9 @@ fn missing(experts: &Experts, batch: &ExpertBatch) -> Vec<u16> {
 }
 
 /// One output per batch, or what went wrong, a panic included.
-fn compute_batches(experts: &Experts, batches: &[&ExpertBatch]) -> Result<Vec<Vec<f32>>, String> {
+fn compute_batches(experts: &Held, batches: &[&ExpertBatch]) -> Result<Vec<Vec<f32>>, String> {
     let layer = batches.first().map_or(0, |batch| batch.layer);
-    let held = |id| experts.get(&(layer, id));
+    let held = |id| experts.get(layer, id);
     let outputs = match catch_unwind(AssertUnwindSafe(|| compute::run(batches, &held))) {
         Ok(Ok(outputs)) => outputs,
         Ok(Err(error)) => return Err(error.to_string()),
@@ -217,7 +217,7 @@ mod tests {
     #[test]
     fn a_batch_whose_expert_has_gone_is_refused_and_takes_no_other_with_it() {
         let nothing_to_do = pending(vec![]);
-        let outcomes = compute_group(&Experts::new(), &[pending(vec![9, 3, 9]), nothing_to_do]);
+        let outcomes = compute_group(&Held::default(), &[pending(vec![9, 3, 9]), nothing_to_do]);
         assert_eq!(outcomes, [Err(Refusal::NotResident(vec![3, 9])), Ok(vec![])]);
     }
 
@@ -228,7 +228,7 @@ mod tests {
         cannot.batch.rows = 1000;
         cannot.batch.row_ids = vec![999];
         cannot.batch.weights = Some(vec![1.0]);
-        let outcomes = compute_group(&Experts::new(), &[cannot, nothing_to_do]);
+        let outcomes = compute_group(&Held::default(), &[cannot, nothing_to_do]);
         assert!(matches!(&outcomes[0], Err(Refusal::Internal(_))), "{outcomes:?}");
         assert_eq!(outcomes[1], Ok(vec![]));
     }

@@ -14,6 +14,7 @@ pub mod service;
 
 pub mod batcher;
 pub mod executor;
+mod held;
 
 // The way of an expert.
 pub mod reconciler;

@@ -137,8 +137,8 @@ impl Device {
     #[allow(unsafe_code)]
     pub fn free_memory(self) -> Result<u64, Error> {
         let Self::Cuda(index) = self else { return Err(Error::FreeMemory("this is no GPU".to_owned())) };
-        type SetDevice = unsafe extern "C" fn(i32) -> i32;
         type MemGetInfo = unsafe extern "C" fn(*mut usize, *mut usize) -> i32;
+        type SetDevice = unsafe extern "C" fn(i32) -> i32;
         let unreadable = |error: libloading::Error| Error::FreeMemory(error.to_string());
         let index = i32::try_from(index).map_err(|_| Error::NoSuchGpu { index, found: tch::Cuda::device_count() })?;
         let (mut free, mut total) = (0usize, 0usize);
@@ -154,6 +154,26 @@ impl Device {
             }
         };
         if status == 0 { Ok(free as u64) } else { Err(Error::FreeMemory(format!("CUDA error {status}"))) }
+    }
+
+    /// Whether libtorch multiplies groups of rows by a matrix each in one launch here: in BF16, on GPUs of compute capability 9
+    /// and 10 (`aten/src/ATen/native/cuda/GroupedBlas.cpp`). `false` where that cannot be found out.
+    #[allow(unsafe_code)]
+    pub(crate) fn has_grouped_products(self) -> bool {
+        /// `cudaDevAttrComputeCapabilityMajor`.
+        const MAJOR: i32 = 75;
+        type GetAttribute = unsafe extern "C" fn(*mut i32, i32, i32) -> i32;
+        let Self::Cuda(index) = self else { return false };
+        let Ok(index) = i32::try_from(index) else { return false };
+        let mut major = 0i32;
+        // SAFETY: as `free_memory`'s; the function has had this signature since CUDA 5, and writes only to the number given.
+        let status = unsafe {
+            match libloading::os::unix::Library::this().get::<GetAttribute>(b"cudaDeviceGetAttribute\0") {
+                Ok(get_attribute) => get_attribute(&raw mut major, MAJOR, index),
+                Err(_) => return false,
+            }
+        };
+        status == 0 && matches!(major, 9 | 10)
     }
 }
 

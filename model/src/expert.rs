@@ -5,7 +5,8 @@
 use tch::Tensor;
 
 use crate::{
-    checkpoint::{self, Checkpoint},
+    checkpoint::{self, Checkpoint, Stored, Weight},
+    compute::Slot,
     config::ModelConfig,
     device::{Compute, Device},
     hidden::Hidden,
@@ -79,6 +80,8 @@ pub struct Expert {
     mlp: Mlp,
     compute: Compute,
     hidden: usize,
+    /// Where it lies among its layer's, if they are computed together.
+    slot: Option<Slot>,
 }
 
 impl Expert {
@@ -93,7 +96,7 @@ impl Expert {
             let tensor = format!("{name}.{part}_proj.weight");
             linear.fetch().map_err(|error| checkpoint.unreadable(&tensor, &error))?;
         }
-        Ok(Self { mlp, compute, hidden })
+        Ok(Self { mlp, compute, hidden, slot: None })
     }
 
     /// D.
@@ -109,6 +112,45 @@ impl Expert {
     /// Rows `[n, D]` to rows `[n, D]`.
     pub fn forward(&self, rows: &Hidden) -> Hidden {
         Hidden(self.mlp.forward(&rows.0))
+    }
+
+    /// I.
+    pub(crate) fn inner_size(&self) -> usize {
+        self.mlp.down.inner() as usize
+    }
+
+    /// Gate and up `[I, D]`, down `[D, I]`, if they are plain numbers.
+    pub(crate) fn weights(&self) -> Option<[&Tensor; 3]> {
+        let Mlp { gate, up, down, .. } = &self.mlp;
+        Some([gate.plain()?, up.plain()?, down.plain()?])
+    }
+
+    /// Lets go of two weights and reads the same numbers there from now on. It lies nowhere among others until it is told.
+    pub(crate) fn read_gate_and_up_from(&mut self, gate: &Tensor, up: &Tensor) {
+        let at = |place: &Tensor| Linear::new(Stored::Plain(Weight::owned(place.shallow_clone())), None, self.compute);
+        (self.mlp.gate, self.mlp.up, self.slot) = (at(gate), at(up), None);
+    }
+
+    /// The same for the third; with it all of them are in `slot`.
+    pub(crate) fn take_slot(&mut self, down: &Tensor, slot: Slot) {
+        self.mlp.down = Linear::new(Stored::Plain(Weight::owned(down.shallow_clone())), None, self.compute);
+        self.slot = Some(slot);
+    }
+
+    /// Where it lies among its layer's.
+    pub(crate) fn slot(&self) -> Option<&Slot> {
+        self.slot.as_ref()
+    }
+
+    /// One whose weights mean nothing.
+    #[cfg(test)]
+    pub(crate) fn drawn(hidden: usize, inner: usize, compute: Compute) -> Self {
+        let draw = |out: usize, inner: usize| {
+            let values = Tensor::randn([out as i64, inner as i64], (tch::Kind::Float, tch::Device::Cpu)) * 0.2;
+            Linear::new(Stored::Plain(Weight::owned(values.to_kind(compute.kind()))), None, compute)
+        };
+        let mlp = Mlp { gate: draw(inner, hidden), up: draw(inner, hidden), down: draw(hidden, inner), compute };
+        Self { mlp, compute, hidden, slot: None }
     }
 
     /// Whether our own kernels compute `rows` rows, so that several experts can be computed as one piece of work.

@@ -96,11 +96,18 @@ impl Linear {
         self.weight.matrix()
     }
 
-    #[cfg(test)]
-    pub(crate) fn plain(&self) -> &Tensor {
+    /// The weight `[out, in]`, if it is plain numbers.
+    pub(crate) fn plain(&self) -> Option<&Tensor> {
         match &self.weight {
-            Stored::Plain(weight) => weight,
-            Stored::Fp8 { .. } => panic!("an FP8 weight"),
+            Stored::Plain(weight) => Some(weight),
+            Stored::Fp8 { .. } => None,
+        }
+    }
+
+    /// Columns of its rows.
+    pub(crate) fn inner(&self) -> i64 {
+        match &self.weight {
+            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[1],
         }
     }
 

@@ -221,7 +221,7 @@ mod tests {
     impl Mla {
         fn become_of(&mut self, compute: Compute) {
             let linear = |linear: &Linear| {
-                let weight = linear.plain().to_kind(compute.kind());
+                let weight = linear.plain().expect("plain numbers").to_kind(compute.kind());
                 Linear::new(Stored::Plain(Weight::owned(weight)), None, compute)
             };
             if let Query::Direct(proj) = &self.query {

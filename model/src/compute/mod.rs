@@ -3,6 +3,8 @@
 //! In: checked batches of one layer, and the experts that are here. Out: for each batch, rows in its own order.
 //! Never here: a missing expert skipped. Either every assignment is computed or the caller is told.
 
+mod grouped;
+
 use std::collections::BTreeMap;
 
 use crate::{
@@ -14,6 +16,9 @@ use crate::{
         swiglu::{Network, swiglu},
     },
 };
+
+pub(crate) use grouped::Slot;
+pub use grouped::side_by_side;
 
 /// Rows of one layer that one router sent at once.
 #[derive(Clone, Debug, PartialEq)]
@@ -64,18 +69,7 @@ struct Assignment {
 ///
 /// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
 pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Vec<f32>>, Error> {
-    let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
-    for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
-        if expert_ids.len() != row_ids.len() || row_ids.iter().any(|&row| row as usize >= *rows) {
-            let (hidden, expert_ids, row_ids) = (hidden.len(), expert_ids.len(), row_ids.len());
-            return Err(Error::Inconsistent { rows: *rows, hidden, expert_ids, row_ids });
-        }
-        for (index, (&expert, &row)) in expert_ids.iter().zip(row_ids).enumerate() {
-            let assignment = Assignment { batch, index, row: row as usize };
-            by_expert.entry(expert).or_default().push(assignment);
-        }
-    }
-
+    let by_expert = plan(batches)?;
     let mut experts = Vec::with_capacity(by_expert.len());
     for (&id, assignments) in &by_expert {
         experts.push((resident(id).ok_or(Error::NotResident(id))?, assignments));
@@ -89,21 +83,40 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
     let hidden = any.hidden_size();
     let mut outputs: Vec<Vec<f32>> =
         batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
-    let row = |assignment: &Assignment| {
-        &batches[assignment.batch].hidden[assignment.row * hidden..(assignment.row + 1) * hidden]
-    };
     if experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len())) {
-        by_kernels(&experts, &row, batches, &mut outputs, hidden);
+        by_kernels(&experts, batches, &mut outputs, hidden);
     } else {
-        by_libtorch(&experts, &row, batches, &mut outputs, hidden);
+        by_libtorch(&experts, batches, &mut outputs, hidden);
     }
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
 }
 
+/// Which rows each expert gets.
+fn plan(batches: &[&ExpertBatch]) -> Result<BTreeMap<u16, Vec<Assignment>>, Error> {
+    let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
+    for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
+        if expert_ids.len() != row_ids.len() || row_ids.iter().any(|&row| row as usize >= *rows) {
+            let (hidden, expert_ids, row_ids) = (hidden.len(), expert_ids.len(), row_ids.len());
+            return Err(Error::Inconsistent { rows: *rows, hidden, expert_ids, row_ids });
+        }
+        for (index, (&expert, &row)) in expert_ids.iter().zip(row_ids).enumerate() {
+            let assignment = Assignment { batch, index, row: row as usize };
+            by_expert.entry(expert).or_default().push(assignment);
+        }
+    }
+    Ok(by_expert)
+}
+
+impl Assignment {
+    /// Its row's values, of which there are `hidden`.
+    fn values<'a>(&self, batches: &[&'a ExpertBatch], hidden: usize) -> &'a [f32] {
+        &batches[self.batch].hidden[self.row * hidden..(self.row + 1) * hidden]
+    }
+}
+
 /// All experts as one piece of work, each row from where it lies to where it belongs.
-fn by_kernels<'a>(
+fn by_kernels(
     experts: &[(&Expert, &Vec<Assignment>)],
-    row: &(dyn Fn(&Assignment) -> &'a [f32] + Sync),
     batches: &[&ExpertBatch],
     outputs: &mut [Vec<f32>],
     hidden: usize,
@@ -113,8 +126,10 @@ fn by_kernels<'a>(
     let place = |Assignment { batch, index, .. }: &Assignment| starts[*batch].wrapping_add(index * hidden);
     let places: Vec<Vec<*mut f32>> =
         experts.iter().map(|(_, assignments)| assignments.iter().map(place).collect()).collect();
-    let rows: Vec<_> =
-        experts.iter().map(|(_, assignments)| move |nth: usize| Rows::F32(row(&assignments[nth]))).collect();
+    let rows: Vec<_> = experts
+        .iter()
+        .map(|(_, assignments)| move |nth: usize| Rows::F32(assignments[nth].values(batches, hidden)))
+        .collect();
     let networks: Vec<Network<'_>> = experts
         .iter()
         .zip(&rows)
@@ -135,33 +150,38 @@ fn by_kernels<'a>(
 }
 
 /// One copy to the device and one back, whatever the number of experts: between them a GPU is never waited for.
-fn by_libtorch<'a>(
+fn by_libtorch(
     experts: &[(&Expert, &Vec<Assignment>)],
-    row: &dyn Fn(&Assignment) -> &'a [f32],
     batches: &[&ExpertBatch],
     outputs: &mut [Vec<f32>],
     hidden: usize,
 ) {
     let Some((any, _)) = experts.first() else { return };
     let assignments = || experts.iter().flat_map(|(_, assignments)| assignments.iter());
-    let gathered: Vec<f32> = assignments().flat_map(|assignment| row(assignment).iter().copied()).collect();
+    let gathered: Vec<f32> =
+        assignments().flat_map(|assignment| assignment.values(batches, hidden).iter().copied()).collect();
     let rows = Hidden::from_rows(&gathered, hidden, any.compute());
-    let mut first = 0;
-    let parts: Vec<Hidden> = experts
-        .iter()
-        .map(|(expert, assignments)| {
-            let part = expert.forward(&rows.run(first, assignments.len()));
-            first += assignments.len();
-            part
-        })
-        .collect();
-    let computed = Hidden::one_after_the_other(&parts).to_rows();
+    let (each, counts): (Vec<&Expert>, Vec<usize>) =
+        experts.iter().map(|(expert, assignments)| (*expert, assignments.len())).unzip();
+    let computed = grouped::forward(&rows, &each, &counts).unwrap_or_else(|| one_by_one(&rows, &each, &counts));
+    let computed = computed.to_rows();
     for (output, batch) in outputs.iter_mut().zip(batches) {
         output.resize(batch.expert_ids.len() * hidden, 0.0);
     }
     for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments()) {
         outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
     }
+}
+
+/// As [`grouped::forward`], wherever the experts lie.
+fn one_by_one(rows: &Hidden, experts: &[&Expert], counts: &[usize]) -> Hidden {
+    let mut first = 0;
+    let part = |(expert, count): (&&Expert, &usize)| {
+        let part = expert.forward(&rows.run(first, *count));
+        first += count;
+        part
+    };
+    Hidden::one_after_the_other(&experts.iter().zip(counts).map(part).collect::<Vec<_>>())
 }
 
 /// Per row the weighted sum over its assignments, in the batch's order, where weights are given.

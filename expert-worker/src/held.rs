@@ -1,0 +1,48 @@
+//! The experts that the tensor thread owns. Experts come in and go; batches find theirs. Never here: an expert that is told to
+//! anybody, or one that is computed with while it is moved.
+//!
+//! Where grouped products are quicker, a layer's experts lie side by side. That is seen to when somebody asks for a layer to
+//! which experts have come, so that a hundred that are loaded before the first row are moved once; and at once when one has
+//! gone, since its memory is wanted for another.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use conclave_model::compute::side_by_side;
+use conclave_model::expert::Expert;
+
+#[derive(Debug, Default)]
+pub(crate) struct Held {
+    layers: BTreeMap<u32, BTreeMap<u16, Expert>>,
+    /// Layers to which experts have come since they were last laid out.
+    grown: BTreeSet<u32>,
+}
+
+impl Held {
+    pub fn insert(&mut self, layer: u32, id: u16, expert: Expert) {
+        self.layers.entry(layer).or_default().insert(id, expert);
+        self.grown.insert(layer);
+    }
+
+    pub fn remove(&mut self, layer: u32, id: u16) {
+        let Some(experts) = self.layers.get_mut(&layer) else { return };
+        if experts.remove(&id).is_some() {
+            self.grown.insert(layer);
+            self.lay_out(layer);
+        }
+    }
+
+    pub fn get(&self, layer: u32, id: u16) -> Option<&Expert> {
+        self.layers.get(&layer)?.get(&id)
+    }
+
+    /// Has the layer's experts lie as its batches want them.
+    pub fn lay_out(&mut self, layer: u32) {
+        if !self.grown.remove(&layer) {
+            return;
+        }
+        match self.layers.get_mut(&layer) {
+            Some(experts) if !experts.is_empty() => side_by_side(&mut experts.values_mut().collect::<Vec<_>>()),
+            _ => drop(self.layers.remove(&layer)),
+        }
+    }
+}

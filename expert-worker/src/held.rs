@@ -13,20 +13,20 @@ use conclave_model::expert::Expert;
 #[derive(Debug, Default)]
 pub(crate) struct Held {
     layers: BTreeMap<u32, BTreeMap<u16, Expert>>,
-    /// Layers to which experts have come since they were last laid out.
-    grown: BTreeSet<u32>,
+    /// Layers whose experts are others than when they were last laid out.
+    changed: BTreeSet<u32>,
 }
 
 impl Held {
     pub fn insert(&mut self, layer: u32, id: u16, expert: Expert) {
         self.layers.entry(layer).or_default().insert(id, expert);
-        self.grown.insert(layer);
+        self.changed.insert(layer);
     }
 
     pub fn remove(&mut self, layer: u32, id: u16) {
         let Some(experts) = self.layers.get_mut(&layer) else { return };
         if experts.remove(&id).is_some() {
-            self.grown.insert(layer);
+            self.changed.insert(layer);
             self.lay_out(layer);
         }
     }
@@ -37,7 +37,7 @@ impl Held {
 
     /// Has the layer's experts lie as its batches want them.
     pub fn lay_out(&mut self, layer: u32) {
-        if !self.grown.remove(&layer) {
+        if !self.changed.remove(&layer) {
             return;
         }
         match self.layers.get_mut(&layer) {

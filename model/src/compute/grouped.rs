@@ -34,7 +34,8 @@ pub(crate) struct Slot {
 /// called anew after some have come or gone: what a layer no longer needs is let go with that.
 ///
 /// For as long as it takes, two thirds of the layer's weights are in memory twice. Where there is no room for that, experts
-/// stay by themselves, and compute the same.
+/// stay where they are until the next time, and compute the same one by one; so does the memory of one that has gone, if it
+/// lay among them.
 pub fn side_by_side(experts: &mut [&mut Expert]) {
     let worthwhile = |expert: &Expert| {
         let Compute { device, dtype, numerics } = expert.compute();
@@ -53,13 +54,9 @@ pub(super) fn lay_out(experts: &mut [&mut Expert]) -> bool {
     if !hidden.is_multiple_of(ALIGNED) || !inner.is_multiple_of(ALIGNED) || experts.len() > MOST_GROUPS {
         return false;
     }
-    let of = |parts: &dyn for<'a> Fn(&'a Expert) -> Option<Vec<&'a Tensor>>, shape: [usize; 2]| {
-        let parts: Vec<&Tensor> = experts.iter().map(|expert| parts(expert)).collect::<Option<Vec<_>>>()?.concat();
-        let [out, inner] = shape.map(|size| size as i64);
-        tch::no_grad(|| Tensor::f_cat(&parts, 0)).ok().map(|all| all.view([-1, out, inner]))
-    };
-    let Some(gate_up) = of(&|expert| Some(vec![expert.weights()?[0], expert.weights()?[1]]), [2 * inner, hidden])
-    else {
+    let gates_and_ups: Option<Vec<[&Tensor; 2]>> =
+        experts.iter().map(|expert| expert.weights().map(|[gate, up, _]| [gate, up])).collect();
+    let Some(gate_up) = gates_and_ups.and_then(|parts| stacked(parts.as_flattened(), [2 * inner, hidden])) else {
         return false;
     };
     // Theirs go before room for the third is asked for.
@@ -67,15 +64,19 @@ pub(super) fn lay_out(experts: &mut [&mut Expert]) -> bool {
         let both = gate_up.get(index as i64);
         expert.read_gate_and_up_from(&both.narrow(0, 0, inner as i64), &both.narrow(0, inner as i64, inner as i64));
     }
-    let of = |expert: &Expert| expert.weights().map(|[.., down]| down.shallow_clone());
-    let Some(parts) = experts.iter().map(|expert| of(expert)).collect::<Option<Vec<_>>>() else { return false };
-    let Ok(down) = tch::no_grad(|| Tensor::f_stack(&parts, 0)) else { return false };
-    drop(parts);
+    let downs: Option<Vec<&Tensor>> = experts.iter().map(|expert| expert.weights().map(|[.., down]| down)).collect();
+    let Some(down) = downs.and_then(|parts| stacked(&parts, [hidden, inner])) else { return false };
     for (index, expert) in experts.iter_mut().enumerate() {
         let slot = Slot { gate_up: gate_up.shallow_clone(), down: down.shallow_clone(), index };
         expert.take_slot(&down.get(index as i64), slot);
     }
     true
+}
+
+/// `parts` one after the other, as matrices `[out, inner]`. `None` where there is no room for them.
+fn stacked(parts: &[&Tensor], [out, inner]: [usize; 2]) -> Option<Tensor> {
+    let all = tch::no_grad(|| Tensor::f_cat(parts, 0)).ok()?;
+    Some(all.view([-1, out as i64, inner as i64]))
 }
 
 /// Rows `[A, D]` through `experts`, the first `counts[0]` of them through the first and so on, to rows `[A, D]`. `None` where

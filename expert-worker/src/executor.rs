@@ -121,12 +121,8 @@ fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
         let refusal = Refusal::Busy { message: "the deadline passed in the queue", retry_after };
         reply(late, Err(refusal), started, Duration::ZERO);
     }
-    if group.is_empty() {
-        return;
-    }
-    if let Some(pending) = group.first() {
-        experts.lay_out(pending.batch.layer);
-    }
+    let Some(first) = group.first() else { return };
+    experts.lay_out(first.batch.layer);
     let outcomes = compute_group(experts, &group);
     let took = started.elapsed();
     waiting.lock().finished(group.len(), took);

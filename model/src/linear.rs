@@ -177,15 +177,17 @@ impl Linear {
 /// `[T, in]` through each of `linears`, by our own kernels.
 fn side_by_side<const N: usize>(linears: [&Linear; N], x: &Tensor) -> [Tensor; N] {
     let x = x.contiguous();
-    let laid_out = linears.map(|linear| {
-        let matrix = linear.matrix();
-        Operand::of(Format::of(Isa::best(), linear.compute.dtype, &matrix), tensor::rows(&x), matrix.inner)
-    });
+    let formats = linears.map(|linear| Format::of(Isa::best(), linear.compute.dtype, &linear.matrix()));
+    let lay_out = |format| Operand::of(format, tensor::rows(&x), linears[0].matrix().inner);
+    let laid_out = lay_out(formats[0]);
+    // All are stored alike, as a rule.
+    let otherwise = formats.map(|format| if format == formats[0] { None } else { Some(lay_out(format)) });
     let y = linears.map(|linear| Tensor::empty([x.size()[0], linear.out], (x.kind(), tch::Device::Cpu)));
     let job = |nth: usize| {
         let (linear, matrix) = (linears[nth], linears[nth].matrix());
         let bias = linear.bias.as_ref().map(|bias| tensor::f32s(bias));
-        Job { x: &laid_out[nth], matrix, bias, out: tensor::out(&y[nth]), stride: matrix.out, offset: 0 }
+        let x = otherwise[nth].as_ref().unwrap_or(&laid_out);
+        Job { x, matrix, bias, out: tensor::out(&y[nth]), stride: matrix.out, offset: 0 }
     };
     let jobs: [Job<'_>; N] = std::array::from_fn(job);
     // SAFETY: each of `y` is `[T, out]`, and nobody else's yet.

@@ -46,12 +46,12 @@ pub fn internal(address: &str) -> Result<Endpoint, Error> {
 pub async fn tcp(address: &str) -> std::io::Result<Socket> {
     let socket = timeout(CONNECT_TIMEOUT, TcpStream::connect(address)).await??;
     socket.set_nodelay(true)?;
-    Ok(Socket::Tcp(socket))
+    Socket::tcp(socket)
 }
 
 /// A connection to the abstract Unix socket `name` of this network namespace. Refused at once where there is none.
 pub async fn local(name: &str) -> std::io::Result<Socket> {
-    Ok(Socket::Local(timeout(CONNECT_TIMEOUT, UnixStream::connect(abstract_path(name))).await??))
+    Socket::local(timeout(CONNECT_TIMEOUT, UnixStream::connect(abstract_path(name))).await??)
 }
 
 #[cfg(test)]

@@ -57,9 +57,9 @@ impl Listener {
 
     /// Connections from both.
     pub fn incoming(self) -> Pin<Box<dyn Stream<Item = std::io::Result<Socket>> + Send>> {
-        let tcp = self.incoming.map(|accepted| accepted.map(Socket::Tcp));
+        let tcp = self.incoming.map(|accepted| accepted.and_then(Socket::tcp));
         match self.local.map(UnixListenerStream::new) {
-            Some(local) => Box::pin(rested(tcp.merge(local.map(|accepted| accepted.map(Socket::Local))))),
+            Some(local) => Box::pin(rested(tcp.merge(local.map(|accepted| accepted.and_then(Socket::local))))),
             None => Box::pin(rested(tcp)),
         }
     }

@@ -1,78 +1,68 @@
 //! A connected socket inside the cluster: TCP, or a Unix socket where both ends are on one host. Bytes pass, nothing else.
+//!
+//! tokio's own sockets are told of room to write whenever the other end of a Unix socket has read something, which wakes a
+//! thread that has nothing to write. The ends of its pipes are told of one thing each, and to read and to write is the same
+//! for both; so a socket is read as one is, and written as one only while there is no room.
 
 use std::io::{self, IoSlice};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use rustix::io::Errno;
+use rustix::net::{SendAncillaryBuffer, SendFlags, Shutdown, sendmsg, shutdown};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::unix::pipe;
 use tokio::net::{TcpStream, UnixStream};
+use tokio::runtime::Handle;
 use tonic::transport::server::Connected;
 
+/// Between messages that fill a socket go others that do not: updates of windows. To be told of room anew takes longer than they do.
+const CALM: u32 = 32;
+
 #[derive(Debug)]
-pub enum Socket {
-    Tcp(TcpStream),
-    Local(UnixStream),
-}
-
-/// Calls the same method of whichever socket it is.
-macro_rules! either {
-    ($socket:expr, $inner:ident => $call:expr) => {
-        match $socket {
-            Socket::Tcp($inner) => $call,
-            Socket::Local($inner) => $call,
-        }
-    };
-}
-
-/// A socket once more, not known to a runtime yet.
-#[derive(Debug)]
-pub(crate) enum Twin {
-    Tcp(std::net::TcpStream),
-    Local(std::os::unix::net::UnixStream),
-}
-
-impl Twin {
-    pub(crate) fn try_clone(&self) -> io::Result<Self> {
-        Ok(match self {
-            Self::Tcp(socket) => Self::Tcp(socket.try_clone()?),
-            Self::Local(socket) => Self::Local(socket.try_clone()?),
-        })
-    }
-
-    /// Has the runtime of the moment told of what arrives, beside the one that was told before.
-    pub(crate) fn register(self) -> io::Result<Socket> {
-        Ok(match self {
-            Self::Tcp(socket) => Socket::Tcp(TcpStream::from_std(socket)?),
-            Self::Local(socket) => Socket::Local(UnixStream::from_std(socket)?),
-        })
-    }
+pub struct Socket {
+    inward: pipe::Receiver,
+    /// Since something had no room, until [`CALM`] writes in a row have found some.
+    outward: Option<pipe::Sender>,
+    calm: u32,
+    /// Which is told, whoever writes.
+    runtime: Handle,
 }
 
 impl Socket {
-    /// The same socket, for another runtime. It stays open until all are gone.
-    pub(crate) fn twin(&self) -> io::Result<Twin> {
-        let fd = self.as_fd().try_clone_to_owned()?;
-        Ok(match self {
-            Self::Tcp(_) => Twin::Tcp(fd.into()),
-            Self::Local(_) => Twin::Local(fd.into()),
-        })
+    /// Has the runtime of the moment told of what arrives.
+    pub fn tcp(socket: TcpStream) -> io::Result<Self> {
+        Self::adopt(socket.into_std()?.into())
     }
 
-    /// Waits until something may have arrived, and what `look` finds then. May be dropped half-way. An error once the other
-    /// end has ended, whatever it sent before.
-    pub(crate) async fn arrival<T>(&self, mut look: impl FnMut() -> Option<T>) -> io::Result<T> {
+    /// As [`Socket::tcp`].
+    pub fn local(socket: UnixStream) -> io::Result<Self> {
+        Self::adopt(socket.into_std()?.into())
+    }
+
+    /// `socket` does not block.
+    fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let inward = pipe::Receiver::from_owned_fd_unchecked(socket)?;
+        Ok(Self { inward, outward: None, calm: 0, runtime: Handle::current() })
+    }
+
+    /// Writes without being told of room; waits for it where there is none.
+    fn poll_send(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         loop {
-            let ready = either!(self, socket => socket.ready(Interest::READABLE).await)?;
-            // Such a socket stays ready for ever.
-            if ready.is_read_closed() {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            if let Some(outward) = &mut self.outward {
+                let sent = Pin::new(outward).poll_write_vectored(cx, bufs);
+                self.calm = if sent.is_pending() { 0 } else { self.calm + 1 };
+                return sent;
             }
-            // What arrives after this look is told again.
-            let found = || look().ok_or_else(|| io::ErrorKind::WouldBlock.into());
-            match either!(self, socket => socket.try_io(Interest::READABLE, found)) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                found => return found,
+            match sendmsg(&self.inward, bufs, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL) {
+                Err(Errno::AGAIN) => {
+                    let twin = self.as_fd().try_clone_to_owned()?;
+                    let _entered = self.runtime.enter();
+                    self.outward = Some(pipe::Sender::from_owned_fd_unchecked(twin)?);
+                }
+                Err(Errno::INTR) => {}
+                sent => return Poll::Ready(Ok(sent?)),
             }
         }
     }
@@ -80,36 +70,40 @@ impl Socket {
 
 impl AsFd for Socket {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        either!(self, socket => socket.as_fd())
+        self.inward.as_fd()
     }
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        either!(self.get_mut(), socket => Pin::new(socket).poll_read(cx, buf))
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inward).poll_read(cx, buf)
     }
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        either!(self.get_mut(), socket => Pin::new(socket).poll_write(cx, buf))
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll_send(cx, &[IoSlice::new(buf)])
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self.get_mut(), socket => Pin::new(socket).poll_flush(cx))
+    /// Nothing is kept here that has not been written.
+    fn poll_flush(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.calm >= CALM {
+            (self.outward, self.calm) = (None, 0);
+        }
+        Poll::Ready(Ok(()))
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        either!(self.get_mut(), socket => Pin::new(socket).poll_shutdown(cx))
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(shutdown(&self.inward, Shutdown::Write)?))
     }
 
     // A frame's header and its rows leave in one system call.
     fn poll_write_vectored(
-        self: Pin<&mut Self>,
+        mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        either!(self.get_mut(), socket => Pin::new(socket).poll_write_vectored(cx, bufs))
+        self.poll_send(cx, bufs)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -122,4 +116,31 @@ impl Connected for Socket {
     type ConnectInfo = ();
 
     fn connect_info(&self) {}
+}
+
+/// Hears of what arrives at a socket, beside the runtime that reads it.
+#[derive(Debug)]
+pub(crate) struct Ear(pipe::Receiver);
+
+impl Ear {
+    /// `socket` once more. Has the runtime of the moment told too. The socket stays open until all are gone.
+    pub(crate) fn at(socket: OwnedFd) -> io::Result<Self> {
+        Ok(Self(pipe::Receiver::from_owned_fd_unchecked(socket)?))
+    }
+
+    /// Waits until something may have arrived, and what `look` finds then. May be dropped half-way. An error once the other
+    /// end has ended, whatever it sent before.
+    pub(crate) async fn arrival<T>(&self, mut look: impl FnMut() -> Option<T>) -> io::Result<T> {
+        loop {
+            // Such a socket stays ready for ever.
+            if self.0.ready(Interest::READABLE).await?.is_read_closed() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            // What arrives after this look is told again.
+            match self.0.try_io(|| look().ok_or_else(|| io::ErrorKind::WouldBlock.into())) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                found => return found,
+            }
+        }
+    }
 }

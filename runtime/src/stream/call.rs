@@ -3,36 +3,38 @@
 //!
 //! Whoever sends also writes: the message is handed to HTTP/2 and the socket on the sender's own thread, because waking
 //! another one to do it takes longer than to write a few rows. What the socket does not take at once, and all that
-//! arrives, is the business of the connection's task, on the runtime that opened it. A sender that finds the connection in
-//! use does not wait: it leaves its message in the queue and rouses the task. Who waits for a message may look for it
-//! beside the inbox ([`super::lookout`]); whoever comes first has it.
+//! arrives, is the business of the connection's task, on the runtime that opened it. Who waits for a message may look for it
+//! beside the inbox ([`super::lookout`]); whoever comes first has it. Nobody waits for the connection: who finds it in use
+//! leaves the work to whoever uses it.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicUsize, fence};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
-use futures::task::AtomicWaker;
 use h2::client::Connection;
 use h2::{Ping, PingPong, RecvStream, SendStream};
 use http::{HeaderMap, Request, Response, StatusCode};
 use parking_lot::Mutex;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
 
 use super::assembly::Assembly;
-use super::eager::Eager;
+use super::bell::Bell;
+use super::eager::{Eager, Signs};
+use super::lookout::FIRST;
 use crate::server::{
     INTERNAL_CONNECTION_WINDOW, INTERNAL_FRAME, INTERNAL_KEEP_ALIVE, INTERNAL_KEEP_ALIVE_TIMEOUT,
     INTERNAL_STREAM_WINDOW, MAX_INTERNAL_MESSAGE,
 };
-use crate::socket::{Socket, Twin};
+use crate::socket::Socket;
 
 /// What may wait for the socket, KiB: two of the largest messages.
 const QUEUE_KIB: usize = 2 * MAX_INTERNAL_MESSAGE / 1024;
@@ -61,10 +63,28 @@ pub(super) struct Shared {
     room: Arc<Semaphore>,
     /// `None` once it has ended.
     line: Mutex<Option<Line>>,
+    /// Of the line's socket.
+    signs: Arc<Signs>,
+    /// Somebody found the line in use: whoever uses it sees to what that one came for.
+    again: AtomicBool,
     incoming: Mutex<Incoming>,
-    task: AtomicWaker,
+    /// Calls the connection's task.
+    task: Bell,
+    /// Calls whoever waits at the inbox.
+    inbox: Bell,
+    /// How many look out at the moment. What arrives is theirs first.
+    pub(super) watching: AtomicUsize,
     /// It ended because the other end no longer answered.
     silent: AtomicBool,
+}
+
+/// Who takes a turn.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum By {
+    Task,
+    Sender,
+    /// It reads the socket though the runtime has not heard of anything.
+    Lookout,
 }
 
 #[derive(Debug)]
@@ -78,23 +98,22 @@ struct Queued {
 struct Line {
     connection: Connection<Eager, Bytes>,
     stream: SendStream<Bytes>,
-    /// Of the connection's task, whoever polls.
-    waker: Waker,
-    /// For lookouts.
-    twin: Twin,
-    /// Whether this turn is a look's: the socket is read though the runtime has not heard of anything.
-    looking: Arc<AtomicBool>,
+    /// The socket once more, for lookouts.
+    twin: OwnedFd,
 }
 
 /// What has arrived, and not been taken.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Incoming {
     /// `None` until the other end has accepted the stream.
     stream: Option<RecvStream>,
     assembly: Assembly,
-    /// Of the inbox, whoever polls.
-    waker: Waker,
+    /// What a look found behind what it looked for.
+    found: Option<Arrival>,
 }
+
+/// A message; `None` where the other end has ended the stream in order.
+type Arrival = Result<Option<Bytes>, Status>;
 
 /// Opens a stream to `path` over `socket`, on the runtime of the moment, and waits until the other end has accepted it.
 pub async fn open(
@@ -110,10 +129,10 @@ pub async fn open(
         .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
         .max_frame_size(INTERNAL_FRAME)
         .max_send_buffer_size(SEND_BUFFER);
-    let looking = Arc::new(AtomicBool::new(false));
-    let twin = socket.twin().map_err(|error| Status::unavailable(error.to_string()))?;
+    let signs = Arc::<Signs>::default();
+    let twin = socket.as_fd().try_clone_to_owned().map_err(|error| Status::unavailable(error.to_string()))?;
     let (requests, mut connection) =
-        builder.handshake::<_, Bytes>(Eager::new(socket, Arc::clone(&looking))).await.map_err(broken)?;
+        builder.handshake::<_, Bytes>(Eager::new(socket, Arc::clone(&signs))).await.map_err(broken)?;
     let pings = connection.ping_pong();
     let mut request = Request::post(format!("http://{authority}{path}"))
         .header(http::header::CONTENT_TYPE, "application/grpc")
@@ -124,14 +143,17 @@ pub async fn open(
     let request = request.body(()).map_err(|error| Status::internal(error.to_string()))?;
     let mut requests = requests.ready().await.map_err(broken)?;
     let (response, stream) = requests.send_request(request, false).map_err(broken)?;
-    let noop = || Waker::noop().clone();
-    let line = Line { connection, stream, waker: noop(), twin, looking };
+    let line = Line { connection, stream, twin };
     let shared = Arc::new(Shared {
         queue: Mutex::default(),
         room: Arc::new(Semaphore::new(QUEUE_KIB)),
         line: Mutex::new(Some(line)),
-        incoming: Mutex::new(Incoming { stream: None, assembly: Assembly::default(), waker: noop() }),
-        task: AtomicWaker::new(),
+        signs,
+        again: AtomicBool::new(false),
+        incoming: Mutex::default(),
+        task: Bell::default(),
+        inbox: Bell::default(),
+        watching: AtomicUsize::new(0),
         silent: AtomicBool::new(false),
     });
     let task = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&shared).run(pings)));
@@ -163,11 +185,8 @@ impl Outbox {
         let kib = (message.len() / 1024).clamp(1, QUEUE_KIB) as u32;
         let room = Arc::clone(&self.0.room).acquire_many_owned(kib).await.map_err(|_| Closed)?;
         self.0.queue.lock().push_back(Queued { rest: message, _room: room });
-        match self.0.line.try_lock() {
-            // Whether it has ended is for the task to find.
-            Some(mut line) => drop(line.as_mut().map(|line| line.turn(&self.0.queue))),
-            None => self.0.task.wake(),
-        }
+        // Whether it has ended is for the task to find.
+        let _ = self.0.turn(By::Sender);
         Ok(())
     }
 }
@@ -176,9 +195,8 @@ impl Inbox {
     /// The next message; `None` where the other end has ended the stream in order. May be dropped half-way.
     pub async fn next(&mut self) -> Result<Option<Bytes>, Status> {
         poll_fn(|cx| {
-            let mut incoming = self.shared.incoming.lock();
-            incoming.waker.clone_from(cx.waker());
-            incoming.poll_next()
+            self.shared.inbox.listen(cx.waker());
+            self.shared.incoming.lock().poll_next(self.shared.inbox.waker())
         })
         .await
     }
@@ -193,44 +211,85 @@ impl Shared {
     /// The connection's task, until it ends.
     async fn run(self: Arc<Self>, pings: Option<PingPong>) {
         tokio::select! {
-            () = poll_fn(|cx| self.poll(cx)) => {}
+            () = self.serve() => {}
             () = silence(pings) => self.silent.store(true, Relaxed),
         }
         self.close();
     }
 
-    fn poll(&self, cx: &Context<'_>) -> Poll<()> {
-        self.task.register(cx.waker());
-        let mut line = self.line.lock();
-        let Some(line) = line.as_mut() else { return Poll::Ready(()) };
-        line.waker.clone_from(cx.waker());
-        line.turn(&self.queue)
+    /// Takes a turn whenever there is something to do, until the connection has ended. What arrives is left to those who look
+    /// out, for a moment; what is to be sent never waits.
+    async fn serve(&self) {
+        let (mut theirs, mut until) = (false, pin!(sleep(FIRST)));
+        poll_fn(|cx| {
+            self.task.listen(cx.waker());
+            let all_sent = || !self.signs.full.load(Relaxed) && self.queue.lock().is_empty();
+            if self.watching.load(Relaxed) > 0 && all_sent() {
+                if !std::mem::replace(&mut theirs, true) {
+                    until.as_mut().reset(Instant::now() + FIRST);
+                }
+                ready!(until.as_mut().poll(cx));
+            }
+            theirs = false;
+            self.turn(By::Task)
+        })
+        .await;
+    }
+
+    /// Moves what can be moved, both ways. Ready once the connection has ended. Where somebody else is at it, that one sees
+    /// to what this one came for.
+    fn turn(&self, by: By) -> Poll<()> {
+        loop {
+            let Some(mut line) = self.line.try_lock() else {
+                self.again.store(true, Relaxed);
+                // Either this sees that it was let go of meanwhile, or who let go of it sees that it is wanted.
+                fence(SeqCst);
+                if self.line.is_locked() {
+                    return Poll::Pending;
+                }
+                continue;
+            };
+            self.again.store(false, Relaxed);
+            let Some(open) = line.as_mut() else { return Poll::Ready(()) };
+            self.signs.looking.store(by == By::Lookout, Relaxed);
+            let turned = open.turn(&self.queue, &self.task);
+            self.signs.looking.store(false, Relaxed);
+            drop(line);
+            if turned.is_ready() {
+                return Poll::Ready(());
+            }
+            fence(SeqCst);
+            if !self.again.load(Relaxed) {
+                return Poll::Pending;
+            }
+            // A sender has other things to do than to read what arrived meanwhile.
+            if by == By::Sender && self.queue.lock().is_empty() {
+                self.task.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+        }
     }
 
     /// Reads what has arrived, on the thread of whoever asks, and takes the first message that is whole. What the stream's
-    /// end means is for the inbox to find, which is told. Nothing is waited for: who has the connection reads it.
+    /// end means is for the inbox to find, which is told.
     pub(super) fn look(&self) -> Option<Bytes> {
-        if let Some(mut line) = self.line.try_lock() {
-            let line = line.as_mut()?;
-            line.looking.store(true, Relaxed);
-            // Whether it has ended is for the task to find.
-            let _ = line.turn(&self.queue);
-            line.looking.store(false, Relaxed);
+        // Whether it has ended is for the task to find, and what arrives is taken right here.
+        let _ = self.inbox.quietly(|| self.turn(By::Lookout));
+        let mut incoming = self.incoming.lock();
+        let first = incoming.poll_next(self.inbox.waker());
+        let (message, more) = match first {
+            Poll::Ready(Ok(Some(message))) => (Some(message), incoming.poll_next(self.inbox.waker())),
+            other => (None, other),
+        };
+        if let Poll::Ready(more) = more {
+            incoming.found = Some(more);
+            self.inbox.waker().wake_by_ref();
         }
-        let mut incoming = self.incoming.try_lock()?;
-        match incoming.poll_next() {
-            Poll::Ready(Ok(Some(message))) => Some(message),
-            // Either is found again by whoever looks again.
-            Poll::Ready(Ok(None) | Err(_)) => {
-                incoming.waker.wake_by_ref();
-                None
-            }
-            Poll::Pending => None,
-        }
+        message
     }
 
     /// The socket once more.
-    pub(super) fn twin(&self) -> Option<Twin> {
+    pub(super) fn twin(&self) -> Option<OwnedFd> {
         self.line.lock().as_ref()?.twin.try_clone().ok()
     }
 
@@ -256,13 +315,13 @@ async fn silence(pings: Option<PingPong>) {
 impl Line {
     /// Moves what can be moved, both ways. Ready once the connection has ended; then it is the task's turn, which is
     /// roused if this is not it.
-    fn turn(&mut self, queue: &Mutex<VecDeque<Queued>>) -> Poll<()> {
-        let waker = self.waker.clone();
-        let mut cx = Context::from_waker(&waker);
-        let filled = self.fill(queue, &mut cx);
+    fn turn(&mut self, queue: &Mutex<VecDeque<Queued>>, task: &Bell) -> Poll<()> {
+        let mut cx = Context::from_waker(task.waker());
+        // HTTP/2 calls for the task that writes, which is what comes next here.
+        let filled = task.quietly(|| self.fill(queue, &mut cx));
         let ended = Pin::new(&mut self.connection).poll(&mut cx).is_ready();
         if filled.is_err() || ended {
-            waker.wake();
+            task.waker().wake_by_ref();
             return Poll::Ready(());
         }
         Poll::Pending
@@ -291,10 +350,13 @@ impl Line {
 }
 
 impl Incoming {
-    /// As [`Inbox::next`], for the inbox's waker.
-    fn poll_next(&mut self) -> Poll<Result<Option<Bytes>, Status>> {
+    /// As [`Inbox::next`]; `inbox` is called when there may be more.
+    fn poll_next(&mut self, inbox: &Waker) -> Poll<Arrival> {
+        if let Some(found) = self.found.take() {
+            return Poll::Ready(found);
+        }
         let Some(stream) = &mut self.stream else { return Poll::Pending };
-        let mut cx = Context::from_waker(&self.waker);
+        let mut cx = Context::from_waker(inbox);
         loop {
             if let Some(message) = self.assembly.next()? {
                 return Poll::Ready(Ok(Some(message)));

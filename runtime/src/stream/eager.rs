@@ -1,5 +1,6 @@
-//! A socket that is read when somebody looks, whether or not its runtime has heard of what arrived. In: the runtime's socket.
-//! Out: the same, for HTTP/2. Nothing is waited for here that the runtime would not tell of.
+//! A socket that is read when somebody looks, whether or not its runtime has heard of what arrived, and that tells whether
+//! something waits for room. In: the runtime's socket. Out: the same, for HTTP/2. Nothing is waited for here that the
+//! runtime would not tell of.
 //!
 //! A runtime's socket is read only once the runtime's own thread has been told that there is something to read. Whoever
 //! looks from another thread may be quicker than that.
@@ -21,13 +22,26 @@ const MOST: usize = 16 << 10;
 #[derive(Debug)]
 pub(super) struct Eager {
     socket: Socket,
-    /// Whether somebody looks.
-    looking: Arc<AtomicBool>,
+    signs: Arc<Signs>,
+}
+
+/// Between the socket and those around HTTP/2.
+#[derive(Debug, Default)]
+pub(super) struct Signs {
+    /// Somebody looks, and has not seen the end of what there is.
+    pub(super) looking: AtomicBool,
+    /// What was to be written had no room.
+    pub(super) full: AtomicBool,
 }
 
 impl Eager {
-    pub(super) fn new(socket: Socket, looking: Arc<AtomicBool>) -> Self {
-        Self { socket, looking }
+    pub(super) fn new(socket: Socket, signs: Arc<Signs>) -> Self {
+        Self { socket, signs }
+    }
+
+    fn note<T>(&self, written: Poll<T>) -> Poll<T> {
+        self.signs.full.store(written.is_pending(), Relaxed);
+        written
     }
 }
 
@@ -35,13 +49,15 @@ impl AsyncRead for Eager {
     /// Where there is nothing, the runtime's socket finds so too, and keeps the waker.
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         use rustix::io::Errno;
-        if !self.looking.load(Relaxed) {
+        if !self.signs.looking.load(Relaxed) {
             return Pin::new(&mut self.socket).poll_read(cx, buf);
         }
         let room = buf.remaining().min(MOST);
         match rustix::io::read(&self.socket, buf.initialize_unfilled_to(room)) {
             Ok(read) => {
                 buf.advance(read);
+                // What arrives after this is told to all.
+                self.signs.looking.store(read == room, Relaxed);
                 Poll::Ready(Ok(()))
             }
             Err(Errno::AGAIN | Errno::INTR) => Pin::new(&mut self.socket).poll_read(cx, buf),
@@ -52,7 +68,8 @@ impl AsyncRead for Eager {
 
 impl AsyncWrite for Eager {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write(cx, buf)
+        let written = Pin::new(&mut self.socket).poll_write(cx, buf);
+        self.note(written)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -68,7 +85,8 @@ impl AsyncWrite for Eager {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
+        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
+        self.note(written)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -6,6 +6,7 @@
 
 mod answer;
 mod assembly;
+mod bell;
 mod call;
 mod eager;
 mod lookout;

@@ -145,6 +145,23 @@ async fn who_looks_alone_finds_what_the_others_thread_was_not_told_of() {
     asleep.shutdown_background();
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_arrives_while_who_looks_out_is_busy_is_read_all_the_same() {
+    let (address, name, _stop) = peer("busy").await;
+    for socket in [channel::tcp(&address).await.unwrap(), channel::local(&name).await.unwrap()] {
+        let (outbox, mut inbox) = opened(socket, "").await.unwrap();
+        let lookout = outbox.look_out().unwrap();
+        let mut looking = Box::pin(lookout.next());
+        assert!(futures::poll!(&mut looking).is_pending());
+        // From here on nobody asks it whether it has found anything. The last does not go out at once, either.
+        for size in [3, 4, 5 << 20] {
+            outbox.send(framed(&body(size, size))).await.unwrap();
+            assert!(inbox.next().await.unwrap().unwrap() == body(size, size), "{size} bytes");
+        }
+        drop(looking);
+    }
+}
+
 #[tokio::test]
 async fn who_looks_when_the_other_end_goes_away_waits_and_does_nothing_else() {
     let (address, _, stop) = peer("gone").await;

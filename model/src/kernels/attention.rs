@@ -15,9 +15,10 @@ use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{Format, Memory, Operand, Rows, Source, TILE_ROWS, round},
+    operand::{Format, Memory, Operand, Rows, Source, TILE_ROWS, round, widen},
     product::{STRIP, with_scratch},
-    rowwise, team,
+    rowwise::{self, COLUMNS, Columns},
+    team,
 };
 use crate::cache::BLOCK_TOKENS;
 
@@ -82,14 +83,15 @@ struct Running {
 pub(crate) fn attend(isa: Isa, shape: Shape, blocks: Blocks<'_>, queries: &[f32], spans: &[Span<'_>]) -> Vec<f32> {
     let rows: usize = spans.iter().map(|span| span.rows).sum();
     assert_eq!(queries.len(), rows * shape.heads * shape.width, "a query per row and head");
-    let tasks = divide(shape, spans);
+    let format = blocks.format(isa, shape);
+    let tasks = divide(shape, format, spans);
     let mut out = vec![0.0f32; rows * shape.heads * shape.latent];
     let place = Place(out.as_mut_ptr());
     let found: Vec<parking_lot::Mutex<Option<Running>>> = tasks.iter().map(|_| parking_lot::Mutex::new(None)).collect();
     team::run(tasks.len(), &|index| {
         let task = tasks[index];
         let span = spans[task.span];
-        let computed = compute(isa, shape, blocks, queries, span, task);
+        let computed = compute(isa, shape, (blocks, format), queries, span, task);
         match task.chunk {
             None => place.put(shape, span, task, &computed),
             Some(_) => *found[index].lock() = Some(computed),
@@ -139,18 +141,26 @@ impl Place {
     }
 }
 
-fn divide(shape: Shape, spans: &[Span<'_>]) -> Vec<Task> {
-    let heads = || (0..shape.heads).step_by(HEADS).map(move |head| (head, shape.heads.min(head + HEADS)));
+fn divide(shape: Shape, format: Format, spans: &[Span<'_>]) -> Vec<Task> {
+    let threads = team::threads();
     let rows_at_once = (QUERIES / shape.heads.min(HEADS)).max(1);
     let groups = |span: &Span<'_>| span.rows.div_ceil(rows_at_once) * shape.heads.div_ceil(HEADS);
-    // Where there is too little to go round, chunks are computed side by side.
-    let few = spans.iter().map(groups).sum::<usize>() < 2 * team::threads();
+    // Where there is too little to go round, chunks are computed side by side; and fewer heads at once, unless that many
+    // take as long as all.
+    let few = spans.iter().map(groups).sum::<usize>() < 2 * threads;
+    let fewer = shape.heads.div_ceil(threads).min(HEADS);
     let mut tasks = Vec::new();
     for (index, span) in spans.iter().enumerate() {
         for first in (0..span.rows).step_by(rows_at_once) {
             let rows = (first, span.rows.min(first + rows_at_once));
             let chunks = (span.before + rows.1).div_ceil(BLOCK_TOKENS * CHUNK_BLOCKS);
-            for heads in heads() {
+            let at_once = match format {
+                Format::Tiles => HEADS,
+                _ if few && chunks < 2 * threads => fewer,
+                _ => HEADS,
+            };
+            for head in (0..shape.heads).step_by(at_once) {
+                let heads = (head, shape.heads.min(head + at_once));
                 let task = |chunk| Task { span: index, rows, heads, chunk };
                 if few && chunks > 1 {
                     tasks.extend((0..chunks).map(|chunk| task(Some(chunk))));
@@ -163,15 +173,16 @@ fn divide(shape: Shape, spans: &[Span<'_>]) -> Vec<Task> {
     tasks
 }
 
-fn compute(isa: Isa, shape: Shape, blocks: Blocks<'_>, queries: &[f32], span: Span<'_>, task: Task) -> Running {
+fn compute(
+    isa: Isa,
+    shape: Shape,
+    (blocks, format): (Blocks<'_>, Format),
+    queries: &[f32],
+    span: Span<'_>,
+    task: Task,
+) -> Running {
     let (first, last) = task.rows;
     let heads = task.heads.1 - task.heads.0;
-    let example = Matrix { values: blocks.block(shape.width, 0), out: BLOCK_TOKENS, inner: shape.width };
-    let dtype = blocks.dtype();
-    let format = match Format::of(isa, dtype, &example) {
-        Format::Tiles if !shape.latent.is_multiple_of(TILE_ROWS) => Format::Lanes { rounded: true },
-        format => format,
-    };
     let q = |query: usize| {
         let (row, head) = (first + query / heads, task.heads.0 + query % heads);
         let at = ((span.first + row) * shape.heads + head) * shape.width;
@@ -233,7 +244,7 @@ impl Queries<'_> {
                     rowwise::scale(isa, &mut running.sums[query * shape.latent..][..shape.latent], correction);
                 }
             }
-            values.add(isa, self.blocks.block(shape.width, block), &scores, shape, &mut running.sums);
+            values.add(isa, self.blocks.block(shape.width, block), &mut scores, shape, &mut running.sums);
         }
         running
     }
@@ -280,8 +291,8 @@ enum BlockValues {
     /// In pairs, and room for the weights in BF16.
     #[cfg(target_arch = "x86_64")]
     Tiles { pairs: Memory, weights: Vec<u16> },
-    /// As f32, where they are stored otherwise.
-    Lanes { wide: Vec<f32>, rounded: bool },
+    /// Some columns at a time, as f32.
+    Lanes { keys: Box<Columns>, rounded: bool },
 }
 
 impl BlockValues {
@@ -292,13 +303,22 @@ impl BlockValues {
                 pairs: Memory::zeroed(BLOCK_TOKENS * shape.latent * 2),
                 weights: vec![0; padded * BLOCK_TOKENS],
             },
-            Format::Lanes { rounded: false } => Self::Lanes { wide: Vec::new(), rounded: false },
-            _ => Self::Lanes { wide: vec![0.0; BLOCK_TOKENS * shape.width], rounded: true },
+            format => Self::Lanes {
+                keys: Box::new([[0.0; COLUMNS]; BLOCK_TOKENS]),
+                rounded: !matches!(format, Format::Lanes { rounded: false }),
+            },
         }
     }
 
-    /// `sums += weights * latents`, for all queries.
-    fn add(&mut self, isa: Isa, block: Values<'_>, weights: &[[f32; BLOCK_TOKENS]], shape: Shape, sums: &mut [f32]) {
+    /// `sums += weights * latents`, for all queries. Weights are rounded as the products' operands are.
+    fn add(
+        &mut self,
+        isa: Isa,
+        block: Values<'_>,
+        weights: &mut [[f32; BLOCK_TOKENS]],
+        shape: Shape,
+        sums: &mut [f32],
+    ) {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Tiles { pairs, weights: rounded } => {
@@ -317,18 +337,24 @@ impl BlockValues {
                     }
                 }
             }
-            Self::Lanes { wide, rounded } => {
-                let rows = match block {
-                    Values::F32(rows) => rows,
-                    Values::Bf16(rows) => {
-                        wide.resize(rows.len(), 0.0);
-                        rowwise::widen_all(isa, rows, wide);
-                        wide
+            Self::Lanes { keys, rounded } => {
+                if *rounded {
+                    weights.as_flattened_mut().iter_mut().for_each(|weight| *weight = widen(round(*weight)));
+                }
+                for first in (0..shape.latent).step_by(COLUMNS) {
+                    let columns = first..shape.latent.min(first + COLUMNS);
+                    match block {
+                        Values::F32(rows) => {
+                            for (key, row) in keys.iter_mut().zip(rows.chunks_exact(shape.width)) {
+                                key[..columns.len()].copy_from_slice(&row[columns.clone()]);
+                            }
+                        }
+                        Values::Bf16(rows) => {
+                            rowwise::widen_columns(isa, rows, shape.width, columns.clone(), keys);
+                        }
+                        Values::Fp8 { .. } => unreachable!("a cache holds no FP8"),
                     }
-                    Values::Fp8 { .. } => unreachable!("a cache holds no FP8"),
-                };
-                for (sums, weights) in sums.chunks_exact_mut(shape.latent).zip(weights) {
-                    rowwise::weigh(isa, sums, weights, rows, shape.width, *rounded);
+                    rowwise::weigh(isa, sums, shape.latent, columns, weights, keys);
                 }
             }
         }
@@ -340,6 +366,15 @@ impl<'a> Blocks<'a> {
         match self {
             Self::F32(_) => crate::device::Dtype::F32,
             Self::Bf16(_) => crate::device::Dtype::Bf16,
+        }
+    }
+
+    /// How queries are laid out to be multiplied with them.
+    fn format(&self, isa: Isa, shape: Shape) -> Format {
+        let example = Matrix { values: self.block(shape.width, 0), out: BLOCK_TOKENS, inner: shape.width };
+        match Format::of(isa, self.dtype(), &example) {
+            Format::Tiles if !shape.latent.is_multiple_of(TILE_ROWS) => Format::Lanes { rounded: true },
+            format => format,
         }
     }
 

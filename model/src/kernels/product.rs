@@ -341,7 +341,7 @@ pub(super) mod tests {
             seed: u64,
             rows in 1usize..70,
             out in 1usize..150,
-            inner in 1usize..400,
+            inner in prop_oneof![2 => 1usize..400, 1 => 600usize..1500],
             which in 0usize..4,
             f32_model: bool,
         ) {

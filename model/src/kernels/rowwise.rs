@@ -2,6 +2,8 @@
 //! of a row and not others; every value goes through the same roundings wherever it stands, so that its bits depend on
 //! nothing else.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use super::{
@@ -9,6 +11,11 @@ use super::{
     lanes::add_up,
     operand::{round, widen},
 };
+
+/// Columns that are weighed at once: of a block's keys they stay in the nearest cache, of a sum in registers.
+pub(super) const COLUMNS: usize = 64;
+/// So many columns of a block's keys.
+pub(super) type Columns = [[f32; COLUMNS]; 64];
 
 /// The same loop, compiled for each instruction set: no operation in it may be contracted or reordered, and Rust does
 /// neither, so all give the same bits.
@@ -73,13 +80,24 @@ for_each_isa! {
 }
 
 for_each_isa! {
-    /// `sum += weights[k] * rows[k]`, key after key; rows are `width` apart, weights rounded to BF16 where `rounded`.
-    pub(super) fn weigh(sum: &mut [f32], weights: &[f32; 64], rows: &[f32], width: usize, rounded: bool) = weigh_loop
+    /// `sums[q][columns] += weights[q][k] * keys[k]`, key after key; sums are `width` long.
+    pub(super) fn weigh(
+        sums: &mut [f32],
+        width: usize,
+        columns: Range<usize>,
+        weights: &[[f32; 64]],
+        keys: &Columns,
+    ) = weigh_loop
 }
 
 for_each_isa! {
     /// BF16 to f32.
     pub(crate) fn widen_all(from: &[bf16], to: &mut [f32]) = widen_loop
+}
+
+for_each_isa! {
+    /// These columns of a block's keys, whose rows are `width` long, to f32.
+    pub(super) fn widen_columns(rows: &[bf16], width: usize, columns: Range<usize>, to: &mut Columns) = widen_columns_loop
 }
 
 for_each_isa! {
@@ -146,19 +164,51 @@ fn softmax_loop(scores: &mut [f32; 64], seen: usize, by: f32, state: &mut [f32; 
 }
 
 #[inline(always)]
-fn weigh_loop(sum: &mut [f32], weights: &[f32; 64], rows: &[f32], width: usize, rounded: bool) {
-    for (weight, row) in weights.iter().zip(rows.chunks_exact(width)) {
-        // Keys that a row does not see weigh nothing.
-        if *weight != 0.0 {
-            add_times_loop(sum, if rounded { widen(round(*weight)) } else { *weight }, row);
+fn weigh_loop(sums: &mut [f32], width: usize, columns: Range<usize>, weights: &[[f32; 64]], keys: &Columns) {
+    for (sums, weights) in sums.chunks_exact_mut(width).zip(weights) {
+        let sums = &mut sums[columns.clone()];
+        match <&mut [f32; COLUMNS]>::try_from(&mut *sums) {
+            Ok(sums) => weigh_columns(sums, weights, keys),
+            Err(_) => {
+                let mut all = [0.0; COLUMNS];
+                all[..sums.len()].copy_from_slice(sums);
+                weigh_columns(&mut all, weights, keys);
+                sums.copy_from_slice(&all[..sums.len()]);
+            }
         }
     }
+}
+
+#[inline(always)]
+fn weigh_columns(sums: &mut [f32; COLUMNS], weights: &[f32; 64], keys: &Columns) {
+    // They stay in registers from key to key.
+    let mut running = *sums;
+    for (weight, key) in weights.iter().zip(keys) {
+        // Keys that a row does not see weigh nothing, whatever is there.
+        if *weight != 0.0 {
+            for (sum, value) in running.iter_mut().zip(key) {
+                *sum += weight * value;
+            }
+        }
+    }
+    *sums = running;
 }
 
 #[inline(always)]
 fn widen_loop(from: &[bf16], to: &mut [f32]) {
     for (to, from) in to.iter_mut().zip(from) {
         *to = widen(from.to_bits());
+    }
+}
+
+#[inline(always)]
+fn widen_columns_loop(rows: &[bf16], width: usize, columns: Range<usize>, to: &mut Columns) {
+    for (to, row) in to.iter_mut().zip(rows.chunks_exact(width)) {
+        let row = &row[columns.clone()];
+        match <&[bf16; COLUMNS]>::try_from(row) {
+            Ok(row) => widen_loop(row, to),
+            Err(_) => widen_loop(row, to),
+        }
     }
 }
 

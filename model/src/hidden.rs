@@ -17,8 +17,8 @@ impl Hidden {
     /// f32 values `[n, hidden]` as rows for `compute`. Panics where `values` is no whole number of rows.
     pub fn from_rows(values: &[f32], hidden: usize, compute: Compute) -> Self {
         assert_eq!(values.len() % hidden, 0, "rows of {hidden}");
-        let rows = Tensor::from_slice(values).view([-1, hidden as i64]);
-        Self(rows.to_device(compute.torch_device()).to_kind(compute.kind()))
+        let size = [(values.len() / hidden) as i64, hidden as i64];
+        Self(sent(values, &size, compute.kind(), compute.torch_device()))
     }
 
     /// `self + other`, both `[T, D]`.
@@ -38,19 +38,12 @@ impl Hidden {
     /// `sum + other`, rounded to this one's format.
     fn sum(&self, mut sum: Vec<f32>, other: &Tensor) -> Self {
         add(&mut sum, other);
-        let y = Tensor::empty(self.0.size().as_slice(), (self.0.kind(), Device::Cpu));
-        // SAFETY: `y` is as large as this one, and nobody else's yet.
-        #[allow(unsafe_code)]
-        unsafe {
-            tensor::out(&y).write(0, &sum);
-        }
-        Self(y)
+        Self(on_the_processor(&sum, &self.0.size(), self.0.kind()))
     }
 
     /// f32 values in the shape, format and place of `other`.
     pub(crate) fn like(other: &Self, values: &[f32]) -> Self {
-        let rows = Tensor::from_slice(values).view(other.0.size().as_slice());
-        Self(rows.to_device(other.0.device()).to_kind(other.0.kind()))
+        Self(sent(values, &other.0.size(), other.0.kind(), other.0.device()))
     }
 
     /// T.
@@ -60,13 +53,7 @@ impl Hidden {
 
     /// The values as f32 `[T, D]`.
     pub fn to_rows(&self) -> Vec<f32> {
-        if self.0.device() == Device::Cpu {
-            return tensor::rows(&self.0.contiguous()).to_f32(Isa::best());
-        }
-        let rows = self.0.to_device(tch::Device::Cpu).to_kind(Kind::Float).contiguous();
-        let mut values = vec![0.0; rows.numel()];
-        rows.copy_data(&mut values, rows.numel());
-        values
+        tensor::rows(&fetched(&self.0.contiguous())).to_f32(Isa::best())
     }
 
     /// The rows numbered `rows`, in that order; each below T.
@@ -88,6 +75,42 @@ impl Hidden {
     pub(crate) fn select(&self, indices: &[i64]) -> Self {
         Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))
     }
+}
+
+/// `values` on `device`, rounded to `kind` before they go there. A GPU fetches them by itself from memory that stays in its
+/// place: nobody waits for it.
+fn sent(values: &[f32], size: &[i64], kind: Kind, device: Device) -> Tensor {
+    let rows = on_the_processor(values, size, kind);
+    match device {
+        Device::Cpu => rows,
+        // libtorch keeps the memory until the GPU has read it.
+        gpu => rows.pin_memory(gpu).to_device_(gpu, kind, true, false),
+    }
+}
+
+/// Contiguous `rows` on the processor, in the format that they have. Here a GPU is waited for: it writes them, by itself, to
+/// memory that stays in its place, once it has computed them.
+fn fetched(rows: &Tensor) -> Tensor {
+    match rows.device() {
+        Device::Cuda(gpu) => {
+            let here = rows.to_device_(Device::Cpu, rows.kind(), true, false);
+            tch::Cuda::synchronize(gpu as i64);
+            here
+        }
+        _ => rows.shallow_clone(),
+    }
+}
+
+/// `values` in the shape `size`, rounded to `kind`.
+fn on_the_processor(values: &[f32], size: &[i64], kind: Kind) -> Tensor {
+    let rows = Tensor::empty(size, (kind, Device::Cpu));
+    assert_eq!(rows.numel(), values.len(), "as many values as places");
+    // SAFETY: it is as large as what is written, and nobody else's yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        tensor::out(&rows).write(0, values);
+    }
+    rows
 }
 
 fn add(sum: &mut [f32], values: &Tensor) {

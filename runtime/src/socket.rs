@@ -23,11 +23,22 @@ const CALM: u32 = 32;
 #[derive(Debug)]
 pub struct Socket {
     inward: pipe::Receiver,
-    /// Since something had no room, until [`CALM`] writes in a row have found some.
-    outward: Option<pipe::Sender>,
+    outward: Outward,
+    /// Writes in a row that found room.
     calm: u32,
     /// Which is told, whoever writes.
     runtime: Handle,
+}
+
+/// The socket once more, taken at the beginning: a process may have no descriptors left when it is needed.
+#[derive(Debug)]
+enum Outward {
+    /// Nobody is told of room.
+    Silent(OwnedFd),
+    /// Since something had no room, until [`CALM`] writes in a row have found some.
+    Told(pipe::Sender),
+    /// It could not be had, or not be told of. The connection ends.
+    Lost,
 }
 
 impl Socket {
@@ -43,28 +54,45 @@ impl Socket {
 
     /// `socket` does not block.
     fn adopt(socket: OwnedFd) -> io::Result<Self> {
+        let outward = Outward::Silent(socket.try_clone()?);
         let inward = pipe::Receiver::from_owned_fd_unchecked(socket)?;
-        Ok(Self { inward, outward: None, calm: 0, runtime: Handle::current() })
+        Ok(Self { inward, outward, calm: 0, runtime: Handle::current() })
     }
 
     /// Writes without being told of room; waits for it where there is none.
     fn poll_send(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         loop {
-            if let Some(outward) = &mut self.outward {
+            if let Outward::Told(outward) = &mut self.outward {
                 let sent = Pin::new(outward).poll_write_vectored(cx, bufs);
                 self.calm = if sent.is_pending() { 0 } else { self.calm + 1 };
                 return sent;
             }
             match sendmsg(&self.inward, bufs, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL) {
-                Err(Errno::AGAIN) => {
-                    let twin = self.as_fd().try_clone_to_owned()?;
-                    let _entered = self.runtime.enter();
-                    self.outward = Some(pipe::Sender::from_owned_fd_unchecked(twin)?);
-                }
+                Err(Errno::AGAIN) => self.be_told()?,
                 Err(Errno::INTR) => {}
                 sent => return Poll::Ready(Ok(sent?)),
             }
         }
+    }
+}
+
+impl Socket {
+    fn be_told(&mut self) -> io::Result<()> {
+        let Outward::Silent(twin) = std::mem::replace(&mut self.outward, Outward::Lost) else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let _entered = self.runtime.enter();
+        self.outward = Outward::Told(pipe::Sender::from_owned_fd_unchecked(twin)?);
+        Ok(())
+    }
+
+    fn be_left_alone(&mut self) -> io::Result<()> {
+        self.outward = match std::mem::replace(&mut self.outward, Outward::Lost) {
+            Outward::Told(outward) => Outward::Silent(outward.into_nonblocking_fd()?),
+            silent => silent,
+        };
+        self.calm = 0;
+        Ok(())
     }
 }
 
@@ -88,13 +116,17 @@ impl AsyncWrite for Socket {
     /// Nothing is kept here that has not been written.
     fn poll_flush(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.calm >= CALM {
-            (self.outward, self.calm) = (None, 0);
+            self.be_left_alone()?;
         }
         Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(shutdown(&self.inward, Shutdown::Write)?))
+        match shutdown(&self.inward, Shutdown::Write) {
+            // Who has gone already needs not be told.
+            Ok(()) | Err(Errno::NOTCONN) => Poll::Ready(Ok(())),
+            Err(error) => Poll::Ready(Err(error.into())),
+        }
     }
 
     // A frame's header and its rows leave in one system call.

@@ -63,7 +63,9 @@ pub(super) struct Shared {
     room: Arc<Semaphore>,
     /// `None` once it has ended.
     line: Mutex<Option<Line>>,
-    /// Of the line's socket.
+    /// Its socket once more, for lookouts.
+    twin: Mutex<Option<OwnedFd>>,
+    /// Of its socket.
     signs: Arc<Signs>,
     /// Somebody found the line in use: whoever uses it sees to what that one came for.
     again: AtomicBool,
@@ -98,8 +100,6 @@ struct Queued {
 struct Line {
     connection: Connection<Eager, Bytes>,
     stream: SendStream<Bytes>,
-    /// The socket once more, for lookouts.
-    twin: OwnedFd,
 }
 
 /// What has arrived, and not been taken.
@@ -143,11 +143,12 @@ pub async fn open(
     let request = request.body(()).map_err(|error| Status::internal(error.to_string()))?;
     let mut requests = requests.ready().await.map_err(broken)?;
     let (response, stream) = requests.send_request(request, false).map_err(broken)?;
-    let line = Line { connection, stream, twin };
+    let line = Line { connection, stream };
     let shared = Arc::new(Shared {
         queue: Mutex::default(),
         room: Arc::new(Semaphore::new(QUEUE_KIB)),
         line: Mutex::new(Some(line)),
+        twin: Mutex::new(Some(twin)),
         signs,
         again: AtomicBool::new(false),
         incoming: Mutex::default(),
@@ -218,13 +219,16 @@ impl Shared {
     }
 
     /// Takes a turn whenever there is something to do, until the connection has ended. What arrives is left to those who look
-    /// out, for a moment; what is to be sent never waits.
+    /// out, for a moment; what is to be sent never waits, nor what one of them came for in vain.
     async fn serve(&self) {
         let (mut theirs, mut until) = (false, pin!(sleep(FIRST)));
         poll_fn(|cx| {
             self.task.listen(cx.waker());
-            let all_sent = || !self.signs.full.load(Relaxed) && self.queue.lock().is_empty();
-            if self.watching.load(Relaxed) > 0 && all_sent() {
+            let nothing_else = || {
+                let wanted = self.again.load(Relaxed) || self.signs.full.load(Relaxed);
+                !wanted && self.queue.lock().is_empty()
+            };
+            if self.watching.load(Relaxed) > 0 && nothing_else() {
                 if !std::mem::replace(&mut theirs, true) {
                     until.as_mut().reset(Instant::now() + FIRST);
                 }
@@ -249,13 +253,18 @@ impl Shared {
                 }
                 continue;
             };
-            self.again.store(false, Relaxed);
+            let wanted = self.again.swap(false, Relaxed);
             let Some(open) = line.as_mut() else { return Poll::Ready(()) };
-            self.signs.looking.store(by == By::Lookout, Relaxed);
+            // Who was here in vain may have heard of what this one's runtime has not.
+            self.signs.looking.store(wanted || by == By::Lookout, Relaxed);
             let turned = open.turn(&self.queue, &self.task);
             self.signs.looking.store(false, Relaxed);
             drop(line);
             if turned.is_ready() {
+                // The end is for the task to see to. It may have been here in vain.
+                if by != By::Task {
+                    self.task.waker().wake_by_ref();
+                }
                 return Poll::Ready(());
             }
             fence(SeqCst);
@@ -290,12 +299,13 @@ impl Shared {
 
     /// The socket once more.
     pub(super) fn twin(&self) -> Option<OwnedFd> {
-        self.line.lock().as_ref()?.twin.try_clone().ok()
+        self.twin.lock().as_ref()?.try_clone().ok()
     }
 
     fn close(&self) {
         self.room.close();
         *self.line.lock() = None;
+        *self.twin.lock() = None;
         self.queue.lock().clear();
     }
 }
@@ -313,18 +323,13 @@ async fn silence(pings: Option<PingPong>) {
 }
 
 impl Line {
-    /// Moves what can be moved, both ways. Ready once the connection has ended; then it is the task's turn, which is
-    /// roused if this is not it.
+    /// Moves what can be moved, both ways. Ready once the connection has ended.
     fn turn(&mut self, queue: &Mutex<VecDeque<Queued>>, task: &Bell) -> Poll<()> {
         let mut cx = Context::from_waker(task.waker());
         // HTTP/2 calls for the task that writes, which is what comes next here.
         let filled = task.quietly(|| self.fill(queue, &mut cx));
         let ended = Pin::new(&mut self.connection).poll(&mut cx).is_ready();
-        if filled.is_err() || ended {
-            task.waker().wake_by_ref();
-            return Poll::Ready(());
-        }
-        Poll::Pending
+        if filled.is_err() || ended { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Hands queued messages to HTTP/2, as much as the other end's window and the send buffer take.

@@ -39,7 +39,10 @@ impl Eager {
         Self { socket, signs }
     }
 
-    fn note<T>(&self, written: Poll<T>) -> Poll<T> {
+    /// Who is called because there is room finds that there was none.
+    fn noting<T>(&mut self, write: impl FnOnce(Pin<&mut Socket>) -> Poll<T>) -> Poll<T> {
+        self.signs.full.store(true, Relaxed);
+        let written = write(Pin::new(&mut self.socket));
         self.signs.full.store(written.is_pending(), Relaxed);
         written
     }
@@ -68,8 +71,7 @@ impl AsyncRead for Eager {
 
 impl AsyncWrite for Eager {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write(cx, buf);
-        self.note(written)
+        self.noting(|socket| socket.poll_write(cx, buf))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -85,8 +87,7 @@ impl AsyncWrite for Eager {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let written = Pin::new(&mut self.socket).poll_write_vectored(cx, bufs);
-        self.note(written)
+        self.noting(|socket| socket.poll_write_vectored(cx, bufs))
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -35,11 +35,14 @@ impl Outbox {
 impl Lookout {
     /// The next message that nobody else has taken. Waits for ever where there is none; may be dropped half-way.
     pub async fn next(&self) -> Bytes {
-        let _watching = Watching::begin(&self.shared);
+        let watching = Watching::begin(&self.shared);
         match self.ear.arrival(|| self.shared.look()).await {
             Ok(message) => message,
-            // The connection has ended, or the runtime: there is nothing more to look for.
-            Err(_) => std::future::pending().await,
+            // The connection has ended, or the runtime: there is nothing more to look for, and nobody looks.
+            Err(_) => {
+                drop(watching);
+                std::future::pending().await
+            }
         }
     }
 }

@@ -53,7 +53,7 @@ impl Hidden {
 
     /// The values as f32 `[T, D]`.
     pub fn to_rows(&self) -> Vec<f32> {
-        tensor::rows(&fetched(&self.0.contiguous())).to_f32(Isa::best())
+        tensor::rows(&fetched(self.0.contiguous())).to_f32(Isa::best())
     }
 
     /// The rows numbered `rows`, in that order; each below T.
@@ -90,14 +90,14 @@ fn sent(values: &[f32], size: &[i64], kind: Kind, device: Device) -> Tensor {
 
 /// Contiguous `rows` on the processor, in the format that they have. Here a GPU is waited for: it writes them, by itself, to
 /// memory that stays in its place, once it has computed them.
-fn fetched(rows: &Tensor) -> Tensor {
+fn fetched(rows: Tensor) -> Tensor {
     match rows.device() {
         Device::Cuda(gpu) => {
             let here = rows.to_device_(Device::Cpu, rows.kind(), true, false);
             tch::Cuda::synchronize(gpu as i64);
             here
         }
-        _ => rows.shallow_clone(),
+        _ => rows,
     }
 }
 

@@ -17,15 +17,14 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio::runtime::Handle;
 use tonic::transport::server::Connected;
 
-/// Between messages that fill a socket go others that do not: updates of windows. To be told of room anew takes longer than they do.
+/// Between messages that fill a socket go others that do not, such as updates of windows, and to be told of room anew takes
+/// longer than those.
 const CALM: u32 = 32;
 
 #[derive(Debug)]
 pub struct Socket {
     inward: pipe::Receiver,
     outward: Outward,
-    /// Writes in a row that found room.
-    calm: u32,
     /// Which is told, whoever writes.
     runtime: Handle,
 }
@@ -35,8 +34,8 @@ pub struct Socket {
 enum Outward {
     /// Nobody is told of room.
     Silent(OwnedFd),
-    /// Since something had no room, until [`CALM`] writes in a row have found some.
-    Told(pipe::Sender),
+    /// Since something had no room, until [`CALM`] writes in a row have found some: so many have by now.
+    Told(pipe::Sender, u32),
     /// It could not be had, or not be told of. The connection ends.
     Lost,
 }
@@ -56,15 +55,15 @@ impl Socket {
     fn adopt(socket: OwnedFd) -> io::Result<Self> {
         let outward = Outward::Silent(socket.try_clone()?);
         let inward = pipe::Receiver::from_owned_fd_unchecked(socket)?;
-        Ok(Self { inward, outward, calm: 0, runtime: Handle::current() })
+        Ok(Self { inward, outward, runtime: Handle::current() })
     }
 
     /// Writes without being told of room; waits for it where there is none.
     fn poll_send(&mut self, cx: &mut Context<'_>, bufs: &[IoSlice<'_>]) -> Poll<io::Result<usize>> {
         loop {
-            if let Outward::Told(outward) = &mut self.outward {
+            if let Outward::Told(outward, calm) = &mut self.outward {
                 let sent = Pin::new(outward).poll_write_vectored(cx, bufs);
-                self.calm = if sent.is_pending() { 0 } else { self.calm + 1 };
+                *calm = if sent.is_pending() { 0 } else { *calm + 1 };
                 return sent;
             }
             match sendmsg(&self.inward, bufs, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL) {
@@ -74,24 +73,21 @@ impl Socket {
             }
         }
     }
-}
 
-impl Socket {
     fn be_told(&mut self) -> io::Result<()> {
         let Outward::Silent(twin) = std::mem::replace(&mut self.outward, Outward::Lost) else {
             return Err(io::ErrorKind::NotConnected.into());
         };
         let _entered = self.runtime.enter();
-        self.outward = Outward::Told(pipe::Sender::from_owned_fd_unchecked(twin)?);
+        self.outward = Outward::Told(pipe::Sender::from_owned_fd_unchecked(twin)?, 0);
         Ok(())
     }
 
-    fn be_left_alone(&mut self) -> io::Result<()> {
+    fn be_left_alone_if_calm(&mut self) -> io::Result<()> {
         self.outward = match std::mem::replace(&mut self.outward, Outward::Lost) {
-            Outward::Told(outward) => Outward::Silent(outward.into_nonblocking_fd()?),
-            silent => silent,
+            Outward::Told(outward, CALM..) => Outward::Silent(outward.into_nonblocking_fd()?),
+            as_it_is => as_it_is,
         };
-        self.calm = 0;
         Ok(())
     }
 }
@@ -115,10 +111,7 @@ impl AsyncWrite for Socket {
 
     /// Nothing is kept here that has not been written.
     fn poll_flush(mut self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.calm >= CALM {
-            self.be_left_alone()?;
-        }
-        Poll::Ready(Ok(()))
+        Poll::Ready(self.be_left_alone_if_calm())
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {

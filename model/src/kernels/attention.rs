@@ -154,11 +154,7 @@ fn divide(shape: Shape, format: Format, spans: &[Span<'_>]) -> Vec<Task> {
         for first in (0..span.rows).step_by(rows_at_once) {
             let rows = (first, span.rows.min(first + rows_at_once));
             let chunks = (span.before + rows.1).div_ceil(BLOCK_TOKENS * CHUNK_BLOCKS);
-            let at_once = match format {
-                Format::Tiles => HEADS,
-                _ if few && chunks < 2 * threads => fewer,
-                _ => HEADS,
-            };
+            let at_once = if few && chunks < 2 * threads && format != Format::Tiles { fewer } else { HEADS };
             for head in (0..shape.heads).step_by(at_once) {
                 let heads = (head, shape.heads.min(head + at_once));
                 let task = |chunk| Task { span: index, rows, heads, chunk };

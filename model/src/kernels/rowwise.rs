@@ -186,9 +186,7 @@ fn weigh_columns(sums: &mut [f32; COLUMNS], weights: &[f32; 64], keys: &Columns)
     for (weight, key) in weights.iter().zip(keys) {
         // Keys that a row does not see weigh nothing, whatever is there.
         if *weight != 0.0 {
-            for (sum, value) in running.iter_mut().zip(key) {
-                *sum += weight * value;
-            }
+            add_times_loop(&mut running, *weight, key);
         }
     }
     *sums = running;
@@ -205,6 +203,7 @@ fn widen_loop(from: &[bf16], to: &mut [f32]) {
 fn widen_columns_loop(rows: &[bf16], width: usize, columns: Range<usize>, to: &mut Columns) {
     for (to, row) in to.iter_mut().zip(rows.chunks_exact(width)) {
         let row = &row[columns.clone()];
+        // Of a length that is known before, the loop is none.
         match <&[bf16; COLUMNS]>::try_from(row) {
             Ok(row) => widen_loop(row, to),
             Err(_) => widen_loop(row, to),

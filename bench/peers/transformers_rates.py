@@ -2,6 +2,7 @@
 """How fast transformers computes a checkpoint on this machine: a peer that the cluster is compared with.
 
     .deps/bench/bin/python bench/peers/transformers_rates.py --model DIR --threads 2
+    .deps/bench/bin/python bench/peers/transformers_rates.py --model DIR --device cuda:0
 
 Decode by numbers of streams in one batch, greedy, with its cache, the prefill apart; and the prefill of one long prompt.
 Each implementation of the experts that the machine offers is timed. Prints one JSON object, rates in tokens per second.
@@ -31,17 +32,24 @@ def config_of(folder: Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 
-def load(folder: Path, dtype: torch.dtype, experts: str) -> PreTrainedModel:
+def load(folder: Path, dtype: torch.dtype, device: torch.device, experts: str) -> PreTrainedModel:
     """The model with one implementation of its experts."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, config=config_of(folder), dtype=dtype, experts_implementation=experts, local_files_only=True
     )
-    return model.eval()
+    return model.eval().to(device)
 
 
-def prompts(vocab: int, streams: int, tokens: int) -> torch.Tensor:
+def prompts(vocab: int, streams: int, tokens: int, device: torch.device) -> torch.Tensor:
     """Token ids without a meaning, other ones for each stream."""
-    return torch.randint(0, vocab, (streams, tokens), generator=torch.Generator().manual_seed(streams))
+    return torch.randint(0, vocab, (streams, tokens), generator=torch.Generator().manual_seed(streams)).to(device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.inference_mode()
@@ -49,31 +57,31 @@ def decode(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> float:
     """Tokens per second of all streams after the first of each, by a plain loop: what `generate` adds would slow it down."""
     out = model(prompt, use_cache=True, logits_to_keep=1)
     last = out.logits[:, -1].argmax(-1, keepdim=True)
-    start = time.perf_counter()
+    start = now(prompt.device)
     for _ in range(count - 1):
         out = model(last, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
         last = out.logits[:, -1].argmax(-1, keepdim=True)
-    return len(prompt) * (count - 1) / (time.perf_counter() - start)
+    return len(prompt) * (count - 1) / (now(prompt.device) - start)
 
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, prompt: torch.Tensor) -> float:
     """Tokens per second until the first token of an answer is known."""
-    start = time.perf_counter()
+    start = now(prompt.device)
     model(prompt, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1)
-    return prompt.numel() / (time.perf_counter() - start)
+    return prompt.numel() / (now(prompt.device) - start)
 
 
 def measure(arguments: argparse.Namespace, experts: str) -> dict[str, object]:
     """Medians over several rounds, after one that warms up."""
-    model = load(arguments.model, DTYPES[arguments.dtype], experts)
+    model = load(arguments.model, DTYPES[arguments.dtype], arguments.device, experts)
     vocab = model.config.vocab_size
     rates = {}
     for streams in arguments.streams:
-        prompt = prompts(vocab, streams, arguments.prompt_tokens)
+        prompt = prompts(vocab, streams, arguments.prompt_tokens, arguments.device)
         decode(model, prompt, 3)
         rates[str(streams)] = statistics.median(decode(model, prompt, arguments.tokens) for _ in range(arguments.rounds))
-    prompt = prompts(vocab, 1, arguments.prefill)
+    prompt = prompts(vocab, 1, arguments.prefill, arguments.device)
     prefill(model, prompt)
     return {"decode": rates, "prefill": statistics.median(prefill(model, prompt) for _ in range(arguments.rounds))}
 
@@ -91,6 +99,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=32, help="of each stream")
     parser.add_argument("--tokens", type=int, default=48, help="tokens to draw; at least 2")
     parser.add_argument("--prefill", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda:N")
     parser.add_argument("--threads", type=int, default=0, help="0: all cores")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--rounds", type=int, default=1)

@@ -7,6 +7,7 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use conclave_model::device::Device;
 use conclave_proto::inference::v1 as pb;
 use conclave_proto::inference::v1::generate_response::Event;
 use conclave_proto::inference::v1::inference_client::InferenceClient;
@@ -49,12 +50,21 @@ pub(crate) struct Cluster {
 /// Of every cluster that is measured.
 pub(crate) const WORKERS: usize = 2;
 
-/// Starts a cluster, measures it, stops it whatever came of that.
+/// Starts a cluster on the processor, measures it, stops it whatever came of that.
 pub(crate) async fn measured<T>(
     model: &Path,
     measure: impl AsyncFnOnce(&Cluster) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let cluster = Cluster::start(model).await?;
+    measured_on(Device::Cpu, model, measure).await
+}
+
+/// As [`measured`], all of it on `device`.
+pub(crate) async fn measured_on<T>(
+    device: Device,
+    model: &Path,
+    measure: impl AsyncFnOnce(&Cluster) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let cluster = Cluster::start(device, model).await?;
     let measured = measure(&cluster).await;
     let stopped = cluster.stop().await;
     let report = measured?;
@@ -64,11 +74,12 @@ pub(crate) async fn measured<T>(
 
 impl Cluster {
     /// Starts one router and its workers with the embedded store, computing in bf16.
-    async fn start(model: &Path) -> anyhow::Result<Self> {
+    async fn start(device: Device, model: &Path) -> anyhow::Result<Self> {
         let scratch = tempfile::tempdir()?;
         let (ready_file, log) = (scratch.path().join("ready.json"), scratch.path().join("log"));
         let mut child = Command::new(beside_this_program("conclave")?)
-            .args(["up", "--workers", &WORKERS.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0", "--model"])
+            .args(["up", "--workers", &WORKERS.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0"])
+            .args(["--device", &device.to_string(), "--model"])
             .arg(model)
             .arg("--ready-file")
             .arg(&ready_file)

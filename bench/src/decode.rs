@@ -1,15 +1,17 @@
 //! Decode and prefill of a whole cluster (a router and two workers) beside other programs on the same checkpoint and the
-//! same cores, in turns. In: the demo checkpoint; DeepSeek-V2-Lite's layers in bf16 and in FP8 are made here. Out: tokens/s
+//! same cores or the same GPU, in turns. In: the demo checkpoint; DeepSeek-V2-Lite's layers in bf16 and in FP8 are made here. Out: tokens/s
 //! of 1, 4 and 16 streams, all of them together and while all decode, and of one prompt of 512 tokens; and the ratio to the
 //! best peer in each. Where a peer cannot be had the reason is printed in its place.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use anyhow::ensure;
+use conclave_model::device::Device;
 use serde_json::{Value, json};
 
 use crate::checkpoint::{self, Weights};
-use crate::cluster::{Cluster, WORKERS, measured};
+use crate::cluster::{Cluster, WORKERS, measured_on};
 use crate::peer::{self, Llama, Quantity, Rates, Transformers, Workload};
 use crate::prompts::Prompts;
 use crate::serve::decode_rate;
@@ -24,6 +26,7 @@ const TURNS: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct Report {
+    device: Device,
     threads: usize,
     models: Vec<OfModel>,
 }
@@ -49,20 +52,23 @@ enum Peer {
     Llama(Llama, PathBuf),
 }
 
-/// Measures the demo checkpoint and those of DeepSeek-V2-Lite's layers.
-pub(crate) async fn measure(model: &Path) -> anyhow::Result<Report> {
+/// Measures the demo checkpoint, where one is given, and those of DeepSeek-V2-Lite's layers.
+pub(crate) async fn measure(device: Device, model: Option<&Path>) -> anyhow::Result<Report> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let work = Workload { streams: STREAMS, prompt: PROMPT, tokens: TOKENS, prefill: PREFILL, threads };
-    let mut models = vec![of_model(model, model.display().to_string(), Weights::Bf16, work).await?];
+    let work = Workload { streams: STREAMS, prompt: PROMPT, tokens: TOKENS, prefill: PREFILL, threads, device };
+    let mut models = Vec::new();
+    if let Some(model) = model {
+        models.push(of_model(model, model.display().to_string(), Weights::Bf16, work).await?);
+    }
     for (weights, format) in [(Weights::Bf16, "bf16"), (Weights::Fp8, "FP8 as stored")] {
         let folder = tokio::task::spawn_blocking(move || checkpoint::v2_lite(weights)).await??;
         models.push(of_model(&folder, format!("{}, {format}", checkpoint::V2_LITE_IS), weights, work).await?);
     }
-    Ok(Report { threads, models })
+    Ok(Report { device, threads, models })
 }
 
 async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload) -> anyhow::Result<OfModel> {
-    let mut peers = peers(folder, weights).await;
+    let mut peers = peers(folder, weights, work.device).await;
     let mut sides: Vec<(String, Result<Side, String>)> = peers
         .iter()
         .map(|(name, peer)| (name.clone(), peer.as_ref().map(|_| Side::default()).map_err(Clone::clone)))
@@ -71,7 +77,7 @@ async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload)
     for turn in 1..=TURNS {
         eprintln!("decode: {name}, turn {turn} of {TURNS}, the cluster");
         // Started anew each turn: nobody's memory and threads are beside those of whoever is measured.
-        ours.add(&measured(folder, async |cluster| of_cluster(cluster, turn).await).await?);
+        ours.add(&measured_on(work.device, folder, async |cluster| of_cluster(cluster, turn).await).await?);
         for ((label, peer), (_, side)) in peers.iter_mut().zip(&mut sides) {
             // Who could not do it once is not asked again.
             let (Ok(peer), Ok(measured)) = (peer, side.as_mut()) else { continue };
@@ -86,13 +92,14 @@ async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload)
 }
 
 /// Those that can compute from weights of this format.
-async fn peers(folder: &Path, weights: Weights) -> Vec<(String, Result<Peer, String>)> {
+async fn peers(folder: &Path, weights: Weights, device: Device) -> Vec<(String, Result<Peer, String>)> {
     let (quantity, format) = match weights {
         Weights::Bf16 => (Quantity::Bf16, "bf16"),
         Weights::Fp8 => (Quantity::Q8, "Q8_0"),
     };
     let version = |list, package| peer::version(list, package).unwrap_or_default();
     let prepared = async {
+        ensure!(device == Device::Cpu, "it is built for processors here");
         let llama = Llama::find()?;
         let file = llama.converted(folder, quantity).await?;
         anyhow::Ok(Peer::Llama(llama, file))
@@ -102,7 +109,7 @@ async fn peers(folder: &Path, weights: Weights) -> Vec<(String, Result<Peer, Str
     let llama = (name, prepared.await.map_err(|error| format!("{error:#}")));
     let transformers = match weights {
         Weights::Bf16 => Transformers::find().map(Peer::Transformers).map_err(|error| format!("{error:#}")),
-        Weights::Fp8 => Err("it has no FP8 products on a processor".to_owned()),
+        Weights::Fp8 => Err("its FP8 products are kernels that it loads from elsewhere, for GPUs".to_owned()),
     };
     vec![llama, (format!("transformers {}, bf16", version("bench.txt", "transformers")), transformers)]
 }
@@ -184,7 +191,7 @@ impl Report {
         });
         json!({
             "streams": STREAMS, "prompt_tokens": PROMPT, "tokens": TOKENS, "prefill_tokens": PREFILL, "workers": WORKERS,
-            "threads": self.threads, "turns": TURNS, "models": models.collect::<Vec<_>>(),
+            "device": self.device, "threads": self.threads, "turns": TURNS, "models": models.collect::<Vec<_>>(),
         })
     }
 }
@@ -192,9 +199,13 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let threads = self.threads;
+        let on = match self.device {
+            Device::Cpu => String::new(),
+            gpu => format!(" and {gpu}"),
+        };
         writeln!(
             f,
-            "Tokens/s, medians of {TURNS} turns (range), {threads} cores for each side; products in bf16. Decode of all streams together,"
+            "Tokens/s, medians of {TURNS} turns (range), {threads} cores{on} for each side; products in bf16. Decode of all streams together,"
         )?;
         writeln!(f, "{TOKENS} tokens after prompts of {PROMPT}; prefill of one prompt of {PREFILL}.")?;
         for model in &self.models {

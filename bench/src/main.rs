@@ -10,6 +10,7 @@ mod expert;
 
 mod cluster;
 mod decode;
+mod gpu;
 mod peer;
 
 mod prompts;
@@ -35,6 +36,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, Subcommand};
+use conclave_model::device::Device;
 use serde_json::{Value, json};
 
 use machine::Machine;
@@ -79,6 +81,8 @@ enum Mode {
     Expert,
     /// Decode and prefill of a local cluster, of llama.cpp and of transformers, on the same checkpoints.
     Decode,
+    /// A layer's experts and a local cluster on a GPU, where there is one.
+    Gpu,
     /// Sixteen streams against one, and a prompt's prefix seen before against one seen first.
     Serve,
     /// Answers within their deadlines at half to ten times the load that a cluster can carry.
@@ -93,10 +97,11 @@ enum Mode {
     Phases,
 }
 
-const ALL: [Mode; 9] = [
+const ALL: [Mode; 10] = [
     Mode::Dispatch,
     Mode::Expert,
     Mode::Decode,
+    Mode::Gpu,
     Mode::Serve,
     Mode::Overload,
     Mode::Context,
@@ -154,7 +159,11 @@ impl Mode {
                 self.section(&report, report.to_json())
             }
             Self::Decode => {
-                let report = decode::measure(model).await?;
+                let report = decode::measure(Device::Cpu, Some(model)).await?;
+                self.section(&report, report.to_json())
+            }
+            Self::Gpu => {
+                let report = gpu::measure().await?;
                 self.section(&report, report.to_json())
             }
             Self::Serve => {
@@ -181,6 +190,7 @@ impl Mode {
             Self::Ceiling => ("ceiling", "The ceiling of one router"),
             Self::Phases => ("phases", "A decode step by phase"),
             Self::Decode => ("decode", "A whole cluster against llama.cpp and transformers"),
+            Self::Gpu => ("gpu", "On a GPU: a layer's experts, and a whole cluster beside transformers"),
             Self::Serve => ("serve", "Batching and the prefix cache"),
             Self::Overload => ("overload", "Goodput under overload"),
             Self::Context => ("context", "By length of the context"),

@@ -11,6 +11,7 @@ use crate::{
     cache::{BLOCK_TOKENS, Keys},
     device::Numerics,
     rope::{Angles, Rope},
+    transfer::placed,
 };
 
 /// Sequences with up to this many new rows each are computed together with others of about their length.
@@ -29,8 +30,7 @@ pub struct Segment {
 
 /// A pass's rows, segment after segment.
 #[derive(Debug)]
-pub struct Batch<'a> {
-    pub(crate) rope: &'a Rope,
+pub struct Batch {
     pub(crate) angles: Angles,
     /// Where each row's latent goes, `[T]`.
     pub(crate) slots: Vec<usize>,
@@ -74,11 +74,10 @@ pub(crate) enum Part {
     },
 }
 
-impl<'a> Batch<'a> {
-    pub(crate) fn new(segments: &[Segment], rope: &'a Rope, device: Device, numerics: Numerics) -> Self {
+impl Batch {
+    pub(crate) fn new(segments: &[Segment], rope: &Rope, device: Device, numerics: Numerics) -> Self {
         let positions: Vec<i64> = segments.iter().flat_map(|s| s.start..s.start + s.rows).map(|p| p as i64).collect();
         Self {
-            rope,
             angles: rope.angles(&positions),
             slots: segments.iter().flat_map(slots).collect(),
             segments: segments.to_vec(),
@@ -93,11 +92,7 @@ impl<'a> Batch<'a> {
         self.plan.get_or_init(|| {
             let slots: Vec<i64> = self.slots.iter().map(|&slot| slot as i64).collect();
             let (parts, order) = divide(&self.segments, self.device, self.numerics);
-            Plan {
-                slots: Tensor::from_slice(&slots).to_device(self.device),
-                parts,
-                order: order.map(|order| Tensor::from_slice(&order).to_device(self.device)),
-            }
+            Plan { slots: placed(&slots, self.device), parts, order: order.map(|order| placed(&order, self.device)) }
         })
     }
 }
@@ -156,7 +151,7 @@ fn keys(segment: &Segment, device: Device) -> Keys {
         return Keys::Run { first: blocks.first().map_or(0, |&first| i64::from(first)) };
     }
     let blocks: Vec<i64> = blocks.iter().map(|&block| i64::from(block)).collect();
-    Keys::Table(Tensor::from_slice(&blocks).to_device(device))
+    Keys::Table(placed(&blocks, device))
 }
 
 fn group_of(group: &[(&Segment, i64)], device: Device) -> Part {
@@ -171,8 +166,12 @@ fn group_of(group: &[(&Segment, i64)], device: Device) -> Part {
         last_seen.extend((segment.start..segment.start + segment.rows).map(|row| row as i64));
     }
     let (count, each) = (group.len() as i64, group[0].0.rows as i64);
-    let place = |values: &[i64]| Tensor::from_slice(values).to_device(device);
-    let last_seen = place(&last_seen).view([count, 1, each, 1]);
+    let last_seen = placed(&last_seen, device).view([count, 1, each, 1]);
     let tokens = Tensor::arange((most * BLOCK_TOKENS) as i64, (Kind::Int64, device));
-    Part::Together { rows: place(&rows), count, blocks: place(&blocks), hidden: tokens.gt_tensor(&last_seen) }
+    Part::Together {
+        rows: placed(&rows, device),
+        count,
+        blocks: placed(&blocks, device),
+        hidden: tokens.gt_tensor(&last_seen),
+    }
 }

@@ -92,7 +92,7 @@ impl Block {
     }
 
     /// `x + attention(norm(x))`; the rows' latents join their sequences' blocks.
-    pub fn attend(&self, x: &Hidden, batch: &Batch<'_>, cache: &KvCache) -> Hidden {
+    pub fn attend(&self, x: &Hidden, batch: &Batch, cache: &KvCache) -> Hidden {
         let normed = self.input_norm.forward(&x.0);
         x.plus(&self.attention.forward(self.layer, &normed, batch, cache))
     }
@@ -111,8 +111,8 @@ impl Dense {
 }
 
 impl Moe {
-    /// Chooses experts for normed rows.
-    pub fn route(&self, normed: &Hidden) -> Routing {
+    /// Chooses experts for normed rows `[T, D]`; with them the rows as they go there, f32.
+    pub fn route(&self, normed: &Hidden) -> (Routing, Vec<f32>) {
         self.gate.route(&normed.0)
     }
 

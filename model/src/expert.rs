@@ -114,6 +114,12 @@ impl Expert {
         Hidden(self.mlp.forward(&rows.0))
     }
 
+    /// Bytes of its weights in the format that they have here.
+    pub fn bytes(&self) -> u64 {
+        let Mlp { gate, up, down, .. } = &self.mlp;
+        [gate, up, down].into_iter().map(Linear::bytes).sum()
+    }
+
     /// I.
     pub(crate) fn inner_size(&self) -> usize {
         self.mlp.down.inner() as usize

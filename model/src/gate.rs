@@ -13,6 +13,7 @@ use crate::{
     device::Compute,
     kernels::{Isa, tensor},
     linear::Linear,
+    transfer::fetched,
 };
 
 /// What the gate chose for T rows, K experts each.
@@ -73,18 +74,19 @@ impl Gate {
         Ok(Self { proj, rule: Rule::new(config, bias) })
     }
 
-    /// Chooses for rows `[T, D]`.
-    pub(crate) fn route(&self, x: &Tensor) -> Routing {
+    /// Chooses for rows `[T, D]`, which come along as f32: experts are elsewhere, and a GPU is waited for once.
+    pub(crate) fn route(&self, x: &Tensor) -> (Routing, Vec<f32>) {
         let logits = self.proj.forward(&wide(x)); // [T, E]
         let experts = logits.size()[1] as usize;
+        let [logits, rows] = fetched([logits.contiguous(), x.contiguous()]);
         let mut routing = Routing { experts_per_row: self.rule.top_k, expert_ids: Vec::new(), weights: Vec::new() };
-        for row in floats(&logits).chunks_exact(experts) {
+        for row in tensor::f32s(&logits).chunks_exact(experts) {
             for (expert, weight) in self.rule.choose(row) {
                 routing.expert_ids.push(expert);
                 routing.weights.push(weight);
             }
         }
-        routing
+        (routing, tensor::rows(&rows).to_f32(Isa::best()))
     }
 }
 

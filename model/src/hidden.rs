@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     device::Compute,
     kernels::{Isa, Rows, rowwise, tensor},
+    transfer::{fetched, placed, sent},
 };
 
 /// Rows `[T, D]` in the format that the model computes in.
@@ -18,7 +19,7 @@ impl Hidden {
     pub fn from_rows(values: &[f32], hidden: usize, compute: Compute) -> Self {
         assert_eq!(values.len() % hidden, 0, "rows of {hidden}");
         let size = [(values.len() / hidden) as i64, hidden as i64];
-        Self(sent(values, &size, compute.kind(), compute.torch_device()))
+        Self(sent(on_the_processor(values, &size, compute.kind()), compute.torch_device()))
     }
 
     /// `self + other`, both `[T, D]`.
@@ -43,7 +44,7 @@ impl Hidden {
 
     /// f32 values in the shape, format and place of `other`.
     pub(crate) fn like(other: &Self, values: &[f32]) -> Self {
-        Self(sent(values, &other.0.size(), other.0.kind(), other.0.device()))
+        Self(sent(on_the_processor(values, &other.0.size(), other.0.kind()), other.0.device()))
     }
 
     /// T.
@@ -53,7 +54,8 @@ impl Hidden {
 
     /// The values as f32 `[T, D]`.
     pub fn to_rows(&self) -> Vec<f32> {
-        tensor::rows(&fetched(self.0.contiguous())).to_f32(Isa::best())
+        let [rows] = fetched([self.0.contiguous()]);
+        tensor::rows(&rows).to_f32(Isa::best())
     }
 
     /// The rows numbered `rows`, in that order; each below T.
@@ -73,31 +75,7 @@ impl Hidden {
 
     /// The rows at `indices`, in that order.
     pub(crate) fn select(&self, indices: &[i64]) -> Self {
-        Self(self.0.index_select(0, &Tensor::from_slice(indices).to_device(self.0.device())))
-    }
-}
-
-/// `values` on `device`, rounded to `kind` before they go there. A GPU fetches them by itself from memory that stays in its
-/// place: nobody waits for it.
-fn sent(values: &[f32], size: &[i64], kind: Kind, device: Device) -> Tensor {
-    let rows = on_the_processor(values, size, kind);
-    match device {
-        Device::Cpu => rows,
-        // libtorch keeps the memory until the GPU has read it.
-        gpu => rows.pin_memory(gpu).to_device_(gpu, kind, true, false),
-    }
-}
-
-/// Contiguous `rows` on the processor, in the format that they have. Here a GPU is waited for: it writes them, by itself, to
-/// memory that stays in its place, once it has computed them.
-fn fetched(rows: Tensor) -> Tensor {
-    match rows.device() {
-        Device::Cuda(gpu) => {
-            let here = rows.to_device_(Device::Cpu, rows.kind(), true, false);
-            tch::Cuda::synchronize(gpu as i64);
-            here
-        }
-        _ => rows,
+        Self(self.0.index_select(0, &placed(indices, self.0.device())))
     }
 }
 

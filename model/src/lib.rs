@@ -25,8 +25,9 @@ pub mod generation;
 pub mod tokenizer;
 pub mod grammar;
 
-// Where and how to compute.
+// Where and how to compute, and how values get there.
 pub mod device;
+mod transfer;
 
 // One forward pass, in the order a row meets the parts.
 pub mod hidden;

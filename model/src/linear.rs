@@ -86,6 +86,15 @@ impl Linear {
         }
     }
 
+    /// Bytes of the weight, its scales included.
+    pub(crate) fn bytes(&self) -> u64 {
+        let of = |weight: &Weight| (weight.numel() * weight.kind().elt_size_in_bytes()) as u64;
+        match &self.weight {
+            Stored::Plain(weight) => of(weight),
+            Stored::Fp8 { codes, scales, .. } => of(codes) + size_of_val(&scales[..]) as u64,
+        }
+    }
+
     /// Another hold on the same weight.
     pub(crate) fn share(&self) -> Self {
         Self { weight: self.weight.share(), bias: self.bias.as_ref().map(Weight::share), ..*self }

@@ -14,6 +14,7 @@ use crate::{
     hidden::Hidden,
     linear::Linear,
     norm::RmsNorm,
+    transfer::placed,
     transformer::{Transformer, lookup},
 };
 
@@ -59,7 +60,7 @@ impl Mtp {
     pub fn input(&self, hidden: &Hidden, next_tokens: &[u32], positions: &[usize]) -> Hidden {
         assert_eq!((next_tokens.len(), positions.len()), (hidden.rows(), hidden.rows()), "one of each per row");
         let first: Vec<bool> = positions.iter().map(|&position| position == 0).collect();
-        let first = Tensor::from_slice(&first).to_device(self.embed.device()).view([-1, 1]);
+        let first = placed(&first, self.embed.device()).view([-1, 1]);
         let embedding = lookup(&self.embed, next_tokens).masked_fill(&first, 0.0);
         let both = [self.embedding_norm.forward(&embedding), self.hidden_norm.forward(&hidden.0)];
         Hidden(self.projection.forward(&Tensor::cat(&both, 1)))

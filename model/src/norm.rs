@@ -13,8 +13,8 @@ use crate::{
 /// From this many values on, the team norms.
 const VALUES_FOR_TEAM: usize = 1 << 16;
 
-/// `x / sqrt(mean(x^2) + eps) * w`, computed in f32 and cast back before the weight is applied, as DeepSeek's and
-/// transformers' implementations do.
+/// `x / sqrt(mean(x^2) + eps) * w`, computed in f32 and, on the processor, cast back before the weight is applied, as
+/// DeepSeek's and transformers' implementations do.
 #[derive(Debug)]
 pub(crate) struct RmsNorm {
     weight: Weight,
@@ -78,13 +78,9 @@ impl RmsNorm {
         y
     }
 
-    /// The same in libtorch's words.
+    /// The same in one launch of libtorch's, which rounds once, after the weight.
     fn by_libtorch(&self, x: &Tensor) -> Tensor {
-        let kind = x.kind();
-        let x = x.to_kind(Kind::Float);
-        let mean_square = x.square().mean_dim([-1i64].as_slice(), true, Kind::Float);
-        let normed = &x * (mean_square + self.eps).rsqrt();
-        normed.to_kind(kind) * &*self.weight
+        x.rms_norm(self.weight.size(), Some(&*self.weight), self.eps)
     }
 }
 

@@ -9,6 +9,7 @@ use crate::{
     compute::{self, ExpertBatch},
     device::Compute,
     expert::Expert,
+    gate::Routing,
     hidden::Hidden,
     mtp::Mtp,
     sampler::argmax,
@@ -86,21 +87,21 @@ impl Oracle {
         Some(mtp.logits(&x, &(0..rows).collect::<Vec<_>>()))
     }
 
-    fn layer(&self, block: &Block, x: &Hidden, batch: &Batch<'_>, cache: &SequenceCache) -> Hidden {
+    fn layer(&self, block: &Block, x: &Hidden, batch: &Batch, cache: &SequenceCache) -> Hidden {
         let x = block.attend(x, batch, cache.blocks());
         let normed = block.normed(&x);
         match block.feed_forward() {
             FeedForward::Dense(dense) => dense.forward(&x, &normed),
             FeedForward::Moe(moe) => {
-                let routed = self.routed(block.layer(), &normed, &moe.route(&normed));
+                let routed = self.routed(block.layer(), moe.route(&normed));
                 moe.finish(&x, &routed, moe.shared(&normed))
             }
         }
     }
 
     /// The weighted sum over each row's experts, in gate order.
-    fn routed(&self, layer: usize, normed: &Hidden, routing: &crate::gate::Routing) -> Vec<f32> {
-        let (rows, mut hidden) = (normed.rows(), normed.to_rows());
+    fn routed(&self, layer: usize, (routing, mut hidden): (Routing, Vec<f32>)) -> Vec<f32> {
+        let rows = routing.rows();
         let (per_row, width) = (routing.experts_per_row, hidden.len() / rows.max(1));
         if let Some([dispatch, _]) = self.wire {
             let (values, scales) = wire::encode(&hidden, width, dispatch);

@@ -1,10 +1,15 @@
-//! One expert by libtorch's own products alone: what our own way through it is measured against, and nothing else.
+//! What libtorch alone does: what our own way is measured against, and nothing else.
 //!
-//! In: an expert of a checkpoint, rows. Out: rows. Never here: on the way of a token.
+//! In: an expert of a checkpoint and rows, or a GPU. Out: rows, or a rate. Never here: on the way of a token.
+
+use std::time::Instant;
 
 use tch::{Device, Kind, Tensor};
 
-use crate::checkpoint::{self, Checkpoint, Weight};
+use crate::{
+    checkpoint::{self, Checkpoint, Weight},
+    device,
+};
 
 /// `down(silu(gate(x)) * up(x))` in bf16 on the processor. FP8 weights are expanded to bf16, since libtorch has no product
 /// with block scales there; bf16 ones are the file's own pages.
@@ -47,4 +52,24 @@ impl PlainExpert {
         let activated = product(&rows.0, &self.gate).silu() * product(&rows.0, &self.up);
         PlainRows(product(&activated, &self.down))
     }
+}
+
+/// Values of 8 bytes that are copied.
+const COPIED: i64 = 1 << 27;
+const COPIES: usize = 20;
+
+/// Bytes a second that the GPU `device` reads and writes while it copies within its memory, which is
+/// [open](device::Device::open). Panics where it is no GPU.
+pub fn copied_a_second(device: device::Device) -> f64 {
+    let device::Device::Cuda(index) = device else { panic!("{device} is no GPU") };
+    let place = (Kind::Int64, Device::Cuda(index));
+    let (from, mut to) = (Tensor::ones([COPIED], place), Tensor::zeros([COPIED], place));
+    let mut copy = |times: usize| {
+        let began = Instant::now();
+        (0..times).for_each(|_| to.copy_(&from));
+        tch::Cuda::synchronize(index as i64);
+        began.elapsed()
+    };
+    copy(1);
+    (2 * 8 * COPIED as usize * COPIES) as f64 / copy(COPIES).as_secs_f64()
 }

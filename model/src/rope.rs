@@ -11,39 +11,81 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     config::{RopeConfig, Yarn},
     kernels::tensor,
+    transfer::placed,
 };
 
 /// The frequencies of one model.
 #[derive(Debug)]
 pub(crate) struct Rope {
-    /// Per pair, f32 `[R/2]`.
-    inv_freq: Tensor,
+    /// Per pair, `[R/2]`.
+    inv_freq: Vec<f32>,
     /// On cosine and sine.
-    attention_factor: f64,
+    attention_factor: f32,
     /// Pairs are (2i, 2i+1); otherwise (i, i + R/2).
     interleaved: bool,
+    device: Device,
 }
 
-/// Cosines and sines of some rows' positions, f32 `[T, 1, R/2]`.
+/// What turns some rows' pairs: cosine and sine of their positions' angles, f32 `[T, 1, R/2, 2]`.
 #[derive(Debug)]
 pub(crate) struct Angles {
-    cos: Tensor,
-    sin: Tensor,
+    turns: Tensor,
     interleaved: bool,
 }
 
 /// The same as values, for rows on the processor.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RowAngles<'a> {
-    cos: &'a [f32],
-    sin: &'a [f32],
+    /// `[T, R/2]`
+    turns: &'a [[f32; 2]],
     interleaved: bool,
+}
+
+impl Rope {
+    pub(crate) fn new(config: &RopeConfig, dim: usize, device: Device) -> Self {
+        Self {
+            inv_freq: inverse_frequencies(config, dim),
+            attention_factor: config.scaling.as_ref().map_or(1.0, attention_factor) as f32,
+            interleaved: config.interleaved,
+            device,
+        }
+    }
+
+    /// Angles of rows at `positions`; the same bits on every device.
+    pub(crate) fn angles(&self, positions: &[i64]) -> Angles {
+        // One by one: libtorch takes whole vectors by one cosine and the values left over by another.
+        let row = |position: &i64| {
+            let position = *position as f32;
+            self.inv_freq.iter().flat_map(move |freq| {
+                let (sin, cos) = (position * freq).sin_cos();
+                [cos * self.attention_factor, sin * self.attention_factor]
+            })
+        };
+        let values: Vec<f32> = positions.iter().flat_map(row).collect();
+        let turns = placed(&values, self.device).view([positions.len() as i64, 1, self.inv_freq.len() as i64, 2]);
+        Angles { turns, interleaved: self.interleaved }
+    }
 }
 
 impl Angles {
     /// Panics where they are on a GPU.
     pub(crate) fn rows(&self) -> RowAngles<'_> {
-        RowAngles { cos: tensor::f32s(&self.cos), sin: tensor::f32s(&self.sin), interleaved: self.interleaved }
+        RowAngles { turns: tensor::f32s(&self.turns).as_chunks().0, interleaved: self.interleaved }
+    }
+
+    /// Rotates `x: [T, heads, R]`, on any device: each pair is a complex number, turned by another.
+    pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
+        let size = x.size();
+        let half = size[2] / 2;
+        let turned =
+            |pairs: Tensor| (pairs.contiguous().view_as_complex() * self.turns.view_as_complex()).view_as_real();
+        let x32 = x.to_kind(Kind::Float);
+        let rotated = if self.interleaved {
+            turned(x32.reshape([size[0], size[1], half, 2]))
+        } else {
+            turned(x32.reshape([size[0], size[1], 2, half]).transpose(2, 3)).transpose(2, 3)
+        };
+        rotated.reshape(size.as_slice()).to_kind(x.kind())
     }
 }
 
@@ -51,61 +93,11 @@ impl RowAngles<'_> {
     /// Rotates one head's `[R]` of row `row`, in place.
     pub(crate) fn rotate(self, row: usize, x: &mut [f32]) {
         let half = x.len() / 2;
-        let (cos, sin) = (&self.cos[row * half..][..half], &self.sin[row * half..][..half]);
-        for (pair, (cos, sin)) in cos.iter().zip(sin).enumerate() {
+        for (pair, [cos, sin]) in self.turns[row * half..][..half].iter().enumerate() {
             let (first, second) = if self.interleaved { (2 * pair, 2 * pair + 1) } else { (pair, pair + half) };
             let (a, b) = (x[first], x[second]);
             (x[first], x[second]) = (a * cos - b * sin, a * sin + b * cos);
         }
-    }
-}
-
-impl Rope {
-    pub(crate) fn new(config: &RopeConfig, dim: usize, device: Device) -> Self {
-        let inv_freq = inverse_frequencies(config, dim);
-        Self {
-            inv_freq: Tensor::from_slice(&inv_freq).to_device(device),
-            attention_factor: config.scaling.as_ref().map_or(1.0, attention_factor),
-            interleaved: config.interleaved,
-        }
-    }
-
-    /// Angles of rows at `positions`.
-    pub(crate) fn angles(&self, positions: &[i64]) -> Angles {
-        let interleaved = self.interleaved;
-        if self.inv_freq.device() == Device::Cpu {
-            // One by one: libtorch takes whole vectors by one cosine and the values left over by another.
-            let inv_freq = tensor::f32s(&self.inv_freq);
-            let factor = self.attention_factor as f32;
-            let angle = |part: fn(f32) -> f32| -> Tensor {
-                let row = |position: &i64| {
-                    let position = *position as f32;
-                    inv_freq.iter().map(move |freq| part(position * freq) * factor)
-                };
-                let values: Vec<f32> = positions.iter().flat_map(row).collect();
-                Tensor::from_slice(&values).view([positions.len() as i64, 1, inv_freq.len() as i64])
-            };
-            return Angles { cos: angle(f32::cos), sin: angle(f32::sin), interleaved };
-        }
-        let positions = Tensor::from_slice(positions).to_device(self.inv_freq.device()).to_kind(Kind::Float);
-        let angles = positions.unsqueeze(-1) * self.inv_freq.unsqueeze(0); // [T, R/2]
-        let (cos, sin) = (angles.cos() * self.attention_factor, angles.sin() * self.attention_factor);
-        Angles { cos: cos.unsqueeze(1), sin: sin.unsqueeze(1), interleaved }
-    }
-
-    /// Rotates `x: [T, heads, R]`.
-    pub(crate) fn rotate(&self, x: &Tensor, angles: &Angles) -> Tensor {
-        let size = x.size();
-        let half = size[2] / 2;
-        let pairs = x.to_kind(Kind::Float);
-        let (pairs, axis) = if self.interleaved {
-            (pairs.reshape([size[0], size[1], half, 2]), 3)
-        } else {
-            (pairs.reshape([size[0], size[1], 2, half]), 2)
-        };
-        let (a, b) = (pairs.select(axis, 0), pairs.select(axis, 1)); // [T, heads, R/2]
-        let rotated = Tensor::stack(&[&a * &angles.cos - &b * &angles.sin, &a * &angles.sin + &b * &angles.cos], axis);
-        rotated.reshape(size.as_slice()).to_kind(x.kind())
     }
 }
 

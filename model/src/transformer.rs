@@ -14,6 +14,7 @@ use crate::{
     linear::Linear,
     norm::RmsNorm,
     rope::Rope,
+    transfer::placed,
 };
 
 pub use crate::block::{Block, Dense, FeedForward, Moe};
@@ -79,7 +80,7 @@ impl Transformer {
     }
 
     /// Prepares a pass over the rows of `segments`, one after the other.
-    pub fn batch(&self, segments: &[Segment]) -> Batch<'_> {
+    pub fn batch(&self, segments: &[Segment]) -> Batch {
         Batch::new(segments, &self.rope, self.compute.torch_device(), self.compute.numerics)
     }
 
@@ -105,7 +106,7 @@ pub(crate) fn lookup(embed: &Weight, tokens: &[u32]) -> Tensor {
         return gather(embed, tokens);
     }
     let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
-    embed.index_select(0, &Tensor::from_slice(&ids).to_device(embed.device()))
+    embed.index_select(0, &placed(&ids, embed.device()))
 }
 
 /// The same by plain copies: libtorch would wake its own threads for it, and they do not go to sleep soon.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use conclave_model::{
     checkpoint::Checkpoint,
-    device::{Compute, Dtype, Numerics, init_thread},
+    device::{Compute, Device, Dtype, Numerics, init_thread},
     oracle::Oracle,
     sampler::argmax,
     wire::Encoding,
@@ -102,8 +102,12 @@ fn chunks_and_single_rows_compute_what_one_pass_computes() -> Result<()> {
 #[test]
 fn reproducible_numerics_give_the_same_bits_in_any_chunk() -> Result<()> {
     init_thread(1);
+    same_bits_in_any_chunk(Device::Cpu)
+}
+
+fn same_bits_in_any_chunk(device: Device) -> Result<()> {
     for dtype in [Dtype::F32, Dtype::Bf16] {
-        let compute = Compute { numerics: Numerics::Reproducible, dtype, ..Compute::REFERENCE };
+        let compute = Compute { device, dtype, numerics: Numerics::Reproducible };
         for folder in folders()? {
             let oracle = Oracle::load(&Checkpoint::open(&folder)?, compute)?;
             for Expected { prompt, .. } in expected(&folder)? {
@@ -148,6 +152,51 @@ fn compared(oracle: &Oracle, folder: &Path) -> Result<(f64, usize, usize)> {
         }
     }
     Ok(((off / all).sqrt(), same, rows))
+}
+
+/// A GPU, where this machine has one; else why what asks for it is not tested here.
+fn gpu() -> Option<Device> {
+    let gpu = Device::Cuda(0);
+    gpu.open().inspect_err(|error| println!("not tested without a GPU: {error}")).ok().map(|()| gpu)
+}
+
+#[test]
+fn a_gpu_says_what_the_reference_says() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    init_thread(1);
+    for folder in folders()? {
+        let name = folder.display();
+        for numerics in [Numerics::Fast, Numerics::Reproducible] {
+            let compute = Compute { device, numerics, ..Compute::REFERENCE };
+            let oracle = Oracle::load(&Checkpoint::open(&folder)?, compute)?;
+            let mut most = 0.0f32;
+            for Expected { prompt, logits, greedy } in expected(&folder)? {
+                for chunk in [1, 40, prompt.len()] {
+                    let mut cache = oracle.cache();
+                    let ours: Vec<f32> =
+                        prompt.chunks(chunk).flat_map(|part| oracle.forward(part, &mut cache)).collect();
+                    ensure!(ours.len() == logits.len(), "{name}: {} logits", ours.len());
+                    most = most.max(worst(&ours, &logits));
+                    ensure!(most <= TOLERANCE, "{name}, {numerics}, chunks of {chunk}: off by {most}");
+                }
+                ensure!(oracle.generate_greedy(&prompt, greedy.len()) == greedy, "{name}: other greedy tokens");
+            }
+            println!("{name}, {numerics}: worst logit difference {most:e}");
+        }
+        let oracle =
+            Oracle::load(&Checkpoint::open(&folder)?, Compute { device, dtype: Dtype::Bf16, ..Compute::REFERENCE })?;
+        let (off, same, rows) = compared(&oracle, &folder)?;
+        println!("{name}, bf16: {:.2} % off, {same}/{rows} rows agree", 100.0 * off);
+        ensure!(same * 2 > rows, "{name}: {same} of {rows} rows agree");
+    }
+    Ok(())
+}
+
+#[test]
+fn reproducible_numerics_give_the_same_bits_in_any_chunk_on_a_gpu() -> Result<()> {
+    let Some(device) = gpu() else { return Ok(()) };
+    init_thread(1);
+    same_bits_in_any_chunk(device)
 }
 
 #[test]

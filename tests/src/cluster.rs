@@ -11,6 +11,7 @@ use std::{
     },
 };
 
+use conclave_model::device::Device;
 use conclave_placement::{
     ids::{Cluster as ClusterName, ExpertId, RouterId, WorkerId},
     keys::Keys,
@@ -36,6 +37,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Builder {
     checkpoint: PathBuf,
+    device: Device,
     store: Option<String>,
     workers: usize,
     guests: usize,
@@ -65,6 +67,12 @@ pub struct Cluster {
 }
 
 impl Builder {
+    /// Where every process computes; on the processor unless told.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
     /// Uses the store at `spec`, which the test keeps alive, instead of an etcd of the cluster's own.
     pub fn store(mut self, spec: &str) -> Self {
         self.store = Some(spec.to_owned());
@@ -155,6 +163,7 @@ impl Cluster {
     pub fn builder(folder: &Path) -> Builder {
         Builder {
             checkpoint: folder.to_owned(),
+            device: Device::Cpu,
             store: None,
             workers: 1,
             guests: 0,
@@ -204,7 +213,7 @@ impl Cluster {
             ("cluster", self.name.to_string().as_str()),
             ("store", spec),
             ("id", id),
-            ("device", "cpu"),
+            ("device", self.plan.device.to_string().as_str()),
             ("dtype", "f32"),
             ("threads", "1"),
             ("listen", "127.0.0.1:0"),

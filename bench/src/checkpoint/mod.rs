@@ -105,6 +105,9 @@ pub(crate) fn v2_lite_experts() -> impl Iterator<Item = (u32, u32)> {
     (1..V2_LITE.layers as u32).flat_map(move |layer| (0..experts).map(move |expert| (layer, expert)))
 }
 
+/// Experts that each row of [`v2_lite`] goes to.
+pub(crate) const V2_LITE_TOP: usize = V2_LITE.top;
+
 /// D, and the width of one expert.
 pub(crate) fn v2_lite_expert() -> (usize, usize) {
     (V2_LITE.hidden, V2_LITE.expert)

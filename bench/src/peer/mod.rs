@@ -9,6 +9,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use conclave_model::device::Device;
 use tokio::process::Command;
 
 pub(crate) use llama::{Llama, Quantity};
@@ -29,6 +30,7 @@ pub(crate) struct Workload {
     /// Tokens of the one long prompt.
     pub(crate) prefill: usize,
     pub(crate) threads: usize,
+    pub(crate) device: Device,
 }
 
 /// Tokens per second.

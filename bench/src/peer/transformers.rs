@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
+use conclave_model::device::Device;
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -25,13 +26,16 @@ impl Transformers {
         })
     }
 
-    /// One round in bf16.
+    /// One round in bf16, on the workload's device.
     pub(crate) async fn measure(&self, model: &Path, work: Workload) -> anyhow::Result<Rates> {
         let streams = work.streams.map(|streams| streams.to_string()).join(",");
         let mut command = Command::new(&self.python);
         command.arg(&self.script).arg("--model").arg(model).args(["--dtype", "bf16", "--streams", &streams]);
         command.args(["--prompt-tokens", &work.prompt.to_string(), "--tokens", &work.tokens.to_string()]);
         command.args(["--prefill", &work.prefill.to_string(), "--threads", &work.threads.to_string()]);
+        if let Device::Cuda(index) = work.device {
+            command.args(["--device", &format!("cuda:{index}")]);
+        }
         let report: Value = serde_json::from_str(&output_of(&mut command).await?).context("it printed no JSON")?;
         let experts = report["experts"].as_object().context("it measured nothing")?;
         let best = |rate: &dyn Fn(&Value) -> Option<f64>| experts.values().filter_map(rate).fold(f64::NAN, f64::max);

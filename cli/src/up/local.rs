@@ -376,9 +376,12 @@ fn specs(
     if let Some(numerics) = args.numerics {
         flag("--numerics", numerics.to_string());
     }
-    let spec = |name: String, role: Role, program: &Path, listen: &str, own: Vec<String>| {
+    // At least one, or the command line would have been refused.
+    let device = |nth: usize| args.device[nth % args.device.len()].to_string();
+    let spec = |name: String, role: Role, program: &Path, listen: &str, device: String, own: Vec<String>| {
         let mut args = shared.clone();
         args.extend(["--id".into(), name.clone().into(), "--listen".into(), listen.into()]);
+        args.extend(["--device".into(), device.into()]);
         args.extend(own.into_iter().map(OsString::from));
         Spec { name, role, program: program.to_owned(), args }
     };
@@ -390,11 +393,12 @@ fn specs(
     }
     let host = args.listen.rsplit_once(':').map_or(args.listen.as_str(), |(host, _)| host);
     let further = format!("{host}:0");
-    let workers = expected.workers.iter();
-    let workers = workers.map(|id| spec(id.to_string(), Role::Worker, &programs.worker, "127.0.0.1:0", Vec::new()));
+    let workers = expected.workers.iter().enumerate().map(|(index, id)| {
+        spec(id.to_string(), Role::Worker, &programs.worker, "127.0.0.1:0", device(index), Vec::new())
+    });
     let routers = expected.routers.iter().enumerate().map(|(index, id)| {
         let listen = if index == 0 { &args.listen } else { &further };
-        spec(id.to_string(), Role::Router, &programs.router, listen, own.clone())
+        spec(id.to_string(), Role::Router, &programs.router, listen, device(0), own.clone())
     });
     workers.chain(routers).collect()
 }

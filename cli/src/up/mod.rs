@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::builder::PossibleValuesParser;
-use conclave_model::device::{Dtype, Numerics};
+use conclave_model::device::{Device, Dtype, Numerics};
 use conclave_placement::Cluster;
 use conclave_runtime::telemetry::LogFormat;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -30,6 +30,7 @@ pub(crate) const INTERRUPTED: u8 = 130;
 #[command(after_help = "Examples:
   conclave up --model models/smollm2/build/smollm2-moe --workers 4
   conclave up --model DIR --workers 3 --replicas 2 --ready-file /tmp/ready.json
+  conclave up --model DIR --workers 2 --device cuda:0
   conclave up --model DIR --workers 2 --routers 2 --store etcd=http://127.0.0.1:2379")]
 pub(crate) struct Args {
     /// The checkpoint folder.
@@ -44,6 +45,9 @@ pub(crate) struct Args {
     /// Public address of the first router; further ones take free ports.
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
     listen: String,
+    /// Where to compute: cpu or cuda:N. Of several, separated by commas, workers take one each in turn, routers the first.
+    #[arg(long, value_name = "DEVICE", value_delimiter = ',', default_value = "cpu")]
+    device: Vec<Device>,
     /// f32 or bf16; by default what the processes choose.
     #[arg(long, value_name = "f32|bf16")]
     dtype: Option<Dtype>,

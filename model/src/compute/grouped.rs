@@ -12,6 +12,7 @@ use crate::{
     device::{Compute, Dtype, Numerics},
     expert::Expert,
     hidden::Hidden,
+    transfer::placed,
 };
 
 /// Sizes that the products want whole multiples of: 16 bytes of BF16.
@@ -100,7 +101,7 @@ pub(super) fn forward(rows: &Hidden, experts: &[&Expert], counts: &[usize]) -> O
         *group = end;
     }
     debug_assert_eq!(i64::from(end), rows.0.size()[0], "every row is in one group");
-    let ends = Tensor::from_slice(&ends).to_device(rows.0.device());
+    let ends = placed(&ends, rows.0.device());
     let product =
         |x: &Tensor, weights: &Tensor| x.internal_grouped_mm(&weights.transpose(1, 2), Some(&ends), None, None::<Kind>);
     let both = product(&rows.0, &first.gate_up); // [A, 2I]
@@ -138,9 +139,7 @@ mod tests {
     fn by_groups(experts: &[Expert], batches: &[&ExpertBatch]) -> Vec<Vec<f32>> {
         let by_expert = plan(batches).expect("sound batches");
         let experts: Vec<_> = by_expert.iter().map(|(id, assignments)| (&experts[*id as usize], assignments)).collect();
-        let mut outputs = vec![Vec::new(); batches.len()];
-        by_libtorch(&experts, batches, &mut outputs, HIDDEN);
-        outputs
+        by_libtorch(&experts, batches, HIDDEN)
     }
 
     proptest! {

@@ -5,7 +5,7 @@
 
 mod grouped;
 
-use std::collections::BTreeMap;
+use std::{borrow::Cow, collections::BTreeMap};
 
 use crate::{
     expert::Expert,
@@ -81,13 +81,8 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
             .collect());
     };
     let hidden = any.hidden_size();
-    let mut outputs: Vec<Vec<f32>> =
-        batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
-    if experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len())) {
-        by_kernels(&experts, batches, &mut outputs, hidden);
-    } else {
-        by_libtorch(&experts, batches, &mut outputs, hidden);
-    }
+    let by_ours = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
+    let outputs = if by_ours { by_kernels } else { by_libtorch }(&experts, batches, hidden);
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
 }
 
@@ -115,13 +110,10 @@ impl Assignment {
 }
 
 /// All experts as one piece of work, each row from where it lies to where it belongs.
-fn by_kernels(
-    experts: &[(&Expert, &Vec<Assignment>)],
-    batches: &[&ExpertBatch],
-    outputs: &mut [Vec<f32>],
-    hidden: usize,
-) {
-    let Some((any, _)) = experts.first() else { return };
+fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Vec<f32>> {
+    let Some((any, _)) = experts.first() else { return Vec::new() };
+    let mut outputs: Vec<Vec<f32>> =
+        batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
     let starts: Vec<*mut f32> = outputs.iter_mut().map(Vec::as_mut_ptr).collect();
     let place = |Assignment { batch, index, .. }: &Assignment| starts[*batch].wrapping_add(index * hidden);
     let places: Vec<Vec<*mut f32>> =
@@ -147,30 +139,49 @@ fn by_kernels(
             output.set_len(batch.expert_ids.len() * hidden);
         }
     }
+    outputs
 }
 
-/// One copy to the device and one back, whatever the number of experts: between them a GPU is never waited for.
-fn by_libtorch(
-    experts: &[(&Expert, &Vec<Assignment>)],
-    batches: &[&ExpertBatch],
-    outputs: &mut [Vec<f32>],
-    hidden: usize,
-) {
-    let Some((any, _)) = experts.first() else { return };
+/// Each row goes to the device once and each result comes back once, whatever the number of experts: between the two a GPU
+/// is never waited for. It puts rows in the experts' order and results in the batches'.
+fn by_libtorch(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Vec<f32>> {
+    let Some((any, _)) = experts.first() else { return Vec::new() };
+    let all: Cow<'_, [f32]> = match batches {
+        [one] => Cow::Borrowed(&one.hidden),
+        several => Cow::Owned(several.iter().flat_map(|batch| &batch.hidden).copied().collect()),
+    };
+    let (first_rows, first_places) =
+        (firsts(batches, |batch| batch.rows), firsts(batches, |batch| batch.expert_ids.len()));
     let assignments = || experts.iter().flat_map(|(_, assignments)| assignments.iter());
-    let gathered: Vec<f32> =
-        assignments().flat_map(|assignment| assignment.values(batches, hidden).iter().copied()).collect();
-    let rows = Hidden::from_rows(&gathered, hidden, any.compute());
+    let order: Vec<usize> = assignments().map(|Assignment { batch, row, .. }| first_rows[*batch] + row).collect();
+    let mut places = vec![0; order.len()];
+    for (nth, Assignment { batch, index, .. }) in assignments().enumerate() {
+        places[first_places[*batch] + index] = nth;
+    }
+    let rows = Hidden::from_rows(&all, hidden, any.compute()).at(&order);
     let (each, counts): (Vec<&Expert>, Vec<usize>) =
         experts.iter().map(|(expert, assignments)| (*expert, assignments.len())).unzip();
     let computed = grouped::forward(&rows, &each, &counts).unwrap_or_else(|| one_by_one(&rows, &each, &counts));
-    let computed = computed.to_rows();
-    for (output, batch) in outputs.iter_mut().zip(batches) {
-        output.resize(batch.expert_ids.len() * hidden, 0.0);
+    let computed = computed.at(&places).to_rows();
+    match batches {
+        [_] => vec![computed],
+        several => {
+            let of = |(batch, first): (&&ExpertBatch, usize)| {
+                computed[first * hidden..][..batch.expert_ids.len() * hidden].to_vec()
+            };
+            several.iter().zip(first_places).map(of).collect()
+        }
     }
-    for (row, Assignment { batch, index, .. }) in computed.chunks_exact(hidden).zip(assignments()) {
-        outputs[*batch][index * hidden..(index + 1) * hidden].copy_from_slice(row);
-    }
+}
+
+/// Where each batch begins among all, each as long as `len` says.
+fn firsts(batches: &[&ExpertBatch], len: impl Fn(&ExpertBatch) -> usize) -> Vec<usize> {
+    let next = |end: &mut usize, batch: &&ExpertBatch| {
+        let first = *end;
+        *end += len(batch);
+        Some(first)
+    };
+    batches.iter().scan(0, next).collect()
 }
 
 /// As [`grouped::forward`], wherever the experts lie.

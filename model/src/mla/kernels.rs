@@ -24,7 +24,7 @@ const ROWS_AT_ONCE: usize = 16;
 
 impl Mla {
     /// As [`forward`](Mla::forward), on the processor.
-    pub(super) fn by_kernels(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
+    pub(super) fn by_kernels(&self, layer: usize, x: &Tensor, batch: &Batch, cache: &KvCache) -> Tensor {
         let (q, kv) = self.project(x); // [T, H*(N+R)], [T, C+R]
         let (q, kv) = (tensor::rows(&q), tensor::rows(&kv));
         self.remember(layer, kv, batch, cache);
@@ -45,7 +45,7 @@ impl Mla {
     }
 
     /// Puts each row's latent and key `[C | R]` into its place in the cache.
-    fn remember(&self, layer: usize, kv: Rows<'_>, batch: &Batch<'_>, cache: &KvCache) {
+    fn remember(&self, layer: usize, kv: Rows<'_>, batch: &Batch, cache: &KvCache) {
         let Shape { latent, width, .. } = self.shape();
         let (norm, angles, slots) = (self.kv_a_norm.by_rows(), batch.angles.rows(), &batch.slots);
         let out = cache.place(layer);
@@ -63,7 +63,7 @@ impl Mla {
     }
 
     /// `[W_UK^T q_nope | q_pe]` per row and head, f32 `[T, H, C+R]`.
-    fn absorb_by_kernels(&self, q: Rows<'_>, batch: &Batch<'_>) -> Vec<f32> {
+    fn absorb_by_kernels(&self, q: Rows<'_>, batch: &Batch) -> Vec<f32> {
         let Shape { heads, latent, width, .. } = self.shape();
         let (nope, each) = (self.nope as usize, (self.nope + self.rope) as usize);
         let rows = batch.slots.len();

@@ -16,17 +16,16 @@ const MOST_SCORES: i64 = 1 << 23;
 
 impl Mla {
     /// As [`forward`](Mla::forward), for any device.
-    pub(super) fn by_libtorch(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
+    pub(super) fn by_libtorch(&self, layer: usize, x: &Tensor, batch: &Batch, cache: &KvCache) -> Tensor {
         let rows = x.size()[0];
-        let (rope, angles) = (batch.rope, &batch.angles);
-        let Plan { slots, parts, order } = batch.plan();
+        let (angles, Plan { slots, parts, order }) = (&batch.angles, batch.plan());
         let (q, kv) = self.project(x);
         let q = q.view([rows, self.heads, self.nope + self.rope]);
         let q_nope = q.narrow(2, 0, self.nope); // [T, H, N]
-        let q_pe = rope.rotate(&q.narrow(2, self.nope, self.rope), angles); // [T, H, R]
+        let q_pe = angles.rotate(&q.narrow(2, self.nope, self.rope)); // [T, H, R]
         let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
         let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
-        let k_pe = rope.rotate(&k_pe, angles).squeeze_dim(1); // [T, R]
+        let k_pe = angles.rotate(&k_pe).squeeze_dim(1); // [T, R]
         cache.write(layer, slots, &Tensor::cat(&[latent, k_pe], 1));
 
         let part = |part: &Part| match part {
@@ -96,7 +95,9 @@ impl Mla {
         for start in (0..context).step_by(some as usize) {
             let here = some.min(context - start);
             let (k, v) = self.keys_and_values(&keys.rows(start, here));
-            let scores = self.scores(&q.matmul(&k.transpose(1, 2)), before - start); // [H, T, here]
+            let mut scores = q.matmul(&k.transpose(1, 2)).to_kind(Kind::Float); // [H, T, here]
+            let _ = scores.g_mul_scalar_(self.scale);
+            hide_future(&mut scores, before - start);
             let larger = largest.maximum(&scores.amax([-1].as_slice(), true));
             let p = (scores - &larger).exp();
             let correction = (largest - &larger).exp();
@@ -121,10 +122,10 @@ impl Mla {
     /// `[T, H, N]`, `[T, H, R]`, `[S, C+R]` to `[T, H, V]`; these rows are the last T of the S.
     fn absorbed(&self, q_nope: &Tensor, q_pe: &Tensor, keys: &Tensor) -> Tensor {
         let (rows, context) = (q_nope.size()[0], keys.size()[0]);
-        let flat = self.absorb(q_nope, q_pe).reshape([self.heads * rows, self.latent + self.rope]);
-        let scores = flat.matmul(&keys.transpose(0, 1)).view([self.heads, rows, context]);
-        let p = self.scores(&scores, context - rows).softmax(-1, Kind::Float);
-        let p = p.to_kind(scores.kind()).view([self.heads * rows, context]);
+        let q = self.absorb(q_nope, q_pe).reshape([1, self.heads * rows, self.latent + self.rope]);
+        let mut scores = self.scaled_scores(&q, &keys.unsqueeze(0)).view([self.heads, rows, context]);
+        hide_future(&mut scores, context - rows);
+        let p = scores.softmax(-1, scores.kind()).view([self.heads * rows, context]);
         let u = p.matmul(&keys.narrow(1, 0, self.latent)).view([self.heads, rows, self.latent]);
         self.raise(&u)
     }
@@ -136,10 +137,9 @@ impl Mla {
         let each = q_nope.size()[0] / count;
         let q = self.absorb(q_nope, q_pe).view([self.heads, count, each, -1]).transpose(0, 1); // [B, H, r, C+R]
         let q = q.reshape([count, self.heads * each, self.latent + self.rope]);
-        let scores = q.matmul(&keys.transpose(1, 2)); // [B, H*r, S]
-        let seen = scores.to_kind(Kind::Float).view([count, self.heads, each, context]) * self.scale;
-        let p = seen.masked_fill(hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float);
-        let p = p.to_kind(scores.kind()).view([count, self.heads * each, context]);
+        let mut scores = self.scaled_scores(&q, keys).view([count, self.heads, each, context]);
+        let _ = scores.masked_fill_(hidden, f64::NEG_INFINITY);
+        let p = scores.softmax(-1, scores.kind()).view([count, self.heads * each, context]);
         let u = p.matmul(&keys.narrow(2, 0, self.latent)).view([count, self.heads, each, self.latent]);
         self.raise(&u.transpose(0, 1).reshape([self.heads, count * each, self.latent]))
     }
@@ -155,16 +155,20 @@ impl Mla {
         u.matmul(&self.value_up.transpose(1, 2)).transpose(0, 1).contiguous()
     }
 
-    /// Scaled in f32, `[H, T, S]`; row t sees key s where s <= `before` + t.
-    fn scores(&self, products: &Tensor, before: i64) -> Tensor {
-        let (rows, context) = (products.size()[1], products.size()[2]);
-        let mut scores = products.to_kind(Kind::Float);
-        let _ = scores.g_mul_scalar_(self.scale);
-        if before + 1 < context {
-            let future = Tensor::ones([rows, context], (Kind::Bool, scores.device())).triu(before + 1);
-            let _ = scores.masked_fill_(&future, f64::NEG_INFINITY);
-        }
-        scores
+    /// `[B, n, C+R]` by `[B, S, C+R]` to `[B, n, S]`: sums are scaled in f32, before they are rounded.
+    fn scaled_scores(&self, q: &Tensor, keys: &Tensor) -> Tensor {
+        // Added 0 times, which is not at all.
+        let nothing = Tensor::empty([1, 1, 1], (q.kind(), q.device()));
+        nothing.baddbmm(q, &keys.transpose(1, 2), 0.0, self.scale)
+    }
+}
+
+/// In `[H, T, S]` row t sees key s where s <= `before` + t.
+fn hide_future(scores: &mut Tensor, before: i64) {
+    let (rows, context) = (scores.size()[1], scores.size()[2]);
+    if before + 1 < context {
+        let future = Tensor::ones([rows, context], (Kind::Bool, scores.device())).triu(before + 1);
+        let _ = scores.masked_fill_(&future, f64::NEG_INFINITY);
     }
 }
 

@@ -133,7 +133,7 @@ impl Mla {
     }
 
     /// Rows `[T, D]` of `batch` to rows `[T, D]`; their latents go to the cache.
-    pub(crate) fn forward(&self, layer: usize, x: &Tensor, batch: &Batch<'_>, cache: &KvCache) -> Tensor {
+    pub(crate) fn forward(&self, layer: usize, x: &Tensor, batch: &Batch, cache: &KvCache) -> Tensor {
         match x.device() {
             Device::Cpu => self.by_kernels(layer, x, batch, cache),
             _ => self.by_libtorch(layer, x, batch, cache),

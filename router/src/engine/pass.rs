@@ -91,7 +91,7 @@ pub async fn layer(
     machine: Machine<'_>,
     block: &Block,
     x: Hidden,
-    batch: &Batch<'_>,
+    batch: &Batch,
     deadline: Instant,
     spent: &Spent,
 ) -> Result<Hidden, exchange::Error> {
@@ -105,7 +105,7 @@ pub async fn layer(
         FeedForward::Dense(dense) => return Ok(spent.in_phase(phases, Phase::Dense, || dense.forward(&x, &normed))),
         FeedForward::Moe(moe) => moe,
     };
-    let (routing, rows) = spent.in_phase(phases, Phase::Gate, || (moe.route(&normed), normed.to_rows()));
+    let (routing, rows) = spent.in_phase(phases, Phase::Gate, || moe.route(&normed));
     let sent = Instant::now();
     let routed = machine.exchange.routed(block.layer() as u32, &rows, &routing, deadline);
     let shared = || spent.in_phase(phases, Phase::Shared, || moe.shared(&normed));

@@ -1,0 +1,27 @@
+//! A whole cluster on one GPU, where this machine has one: router and workers as processes on `cuda:0`.
+
+use conclave_model::device::Device;
+use conclave_tests::{client::greedy, cluster::Cluster, etcd::EtcdProcess, golden::Golden};
+
+#[tokio::test]
+async fn a_cluster_on_a_gpu_says_what_the_reference_says_and_goes_on_without_a_worker() {
+    let gpu = Device::Cuda(0);
+    if let Err(error) = gpu.open() {
+        println!("not tested without a GPU: {error}");
+        return;
+    }
+    let etcd = EtcdProcess::start().await;
+    for golden in Golden::all() {
+        let built = Cluster::builder(&golden.folder).device(gpu).store(&etcd.spec()).workers(2).replicas(2);
+        let mut cluster = built.start().await;
+        let client = cluster.client(0).await;
+        for (nth, case) in golden.cases.iter().enumerate() {
+            if nth == 1 {
+                cluster.workers[1].kill().await;
+            }
+            let count = u32::try_from(case.greedy.len()).expect("a short answer");
+            let answer = client.answer(greedy(&case.prompt, count)).await;
+            assert_eq!(answer.ids(), case.greedy, "{}, prompt of {} tokens", golden.name, case.prompt.len());
+        }
+    }
+}

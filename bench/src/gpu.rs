@@ -1,5 +1,5 @@
-//! A GPU: what the experts of one layer cost a worker there by the number of rows, as products of groups and one by one,
-//! beside the time that reading their weights takes; then a whole cluster on it beside transformers. In: checkpoints of
+//! A GPU: what the experts of one layer cost a worker there by the number of rows, beside the time that reading their weights
+//! takes and beside libtorch's products, of groups and one by one; then a whole cluster on it beside transformers. In: checkpoints of
 //! DeepSeek-V2-Lite's layers, made here. Out: microseconds and ratios. Where there is no GPU the reason is the error.
 
 use std::fmt;
@@ -46,8 +46,10 @@ struct Case {
     /// Of one expert on the GPU.
     bytes: u64,
     /// Microseconds, f32 rows in and out.
-    groups: Samples,
-    one_by_one: Samples,
+    ours: Samples,
+    /// As libtorch has them; of BF16 weights only.
+    groups: Option<Samples>,
+    one_by_one: Option<Samples>,
 }
 
 /// Makes the checkpoints where they are missing, and measures.
@@ -78,21 +80,26 @@ fn experts() -> anyhow::Result<(f64, Vec<Case>)> {
 }
 
 fn in_turns(alone: &[Expert], together: &[Expert], weights: Weights, rows: usize) -> anyhow::Result<Case> {
-    let (mut groups, mut one_by_one, mut chosen) = (Samples::default(), Samples::default(), 0);
+    let (mut ours, mut chosen) = (Samples::default(), 0);
+    let libtorch = || (weights == Weights::Bf16).then(Samples::default);
+    let (mut groups, mut one_by_one) = (libtorch(), libtorch());
     let mut random = StdRng::seed_from_u64(rows as u64);
     for nth in 0..UNCOUNTED + BATCHES {
         let batch = drawn(rows, alone.len(), &mut random);
-        let timed = |experts: &[Expert], samples: &mut Samples| {
+        let timed = |run: Run, experts: &[Expert], samples: &mut Samples| {
             let began = Instant::now();
-            let computed = compute::run(&[&batch], &|id| experts.get(usize::from(id)))?;
+            let computed = run(&[&batch], experts)?;
             std::hint::black_box(computed.first().context("one batch gives one answer")?);
             if nth >= UNCOUNTED {
                 samples.push_us(began.elapsed());
             }
             anyhow::Ok(())
         };
-        timed(together, &mut groups)?;
-        timed(alone, &mut one_by_one)?;
+        timed(by_the_quickest, together, &mut ours)?;
+        if let (Some(groups), Some(one_by_one)) = (&mut groups, &mut one_by_one) {
+            timed(by_libtorch, together, groups)?;
+            timed(by_libtorch, alone, one_by_one)?;
+        }
         let mut ids = batch.expert_ids;
         ids.sort_unstable();
         ids.dedup();
@@ -100,7 +107,17 @@ fn in_turns(alone: &[Expert], together: &[Expert], weights: Weights, rows: usize
     }
     let experts = chosen as f64 / (UNCOUNTED + BATCHES) as f64;
     let bytes = alone.first().context("a layer has experts")?.bytes();
-    Ok(Case { weights, rows, experts, bytes, groups, one_by_one })
+    Ok(Case { weights, rows, experts, bytes, ours, groups, one_by_one })
+}
+
+type Run = fn(&[&ExpertBatch], &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error>;
+
+fn by_the_quickest(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error> {
+    compute::run(batches, &|id| experts.get(usize::from(id)))
+}
+
+fn by_libtorch(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error> {
+    compute::run_by_libtorch(batches, &|id| experts.get(usize::from(id)))
 }
 
 /// Rows that each go to other experts.
@@ -119,12 +136,13 @@ fn drawn(rows: usize, experts: usize, random: &mut StdRng) -> ExpertBatch {
 impl Case {
     /// Bytes of weights a second, where each expert's are read once.
     fn rate(&self) -> f64 {
-        self.experts * self.bytes as f64 / (self.groups.median() / 1e6)
+        self.experts * self.bytes as f64 / (self.ours.median() / 1e6)
     }
 
-    /// Above 1: groups are faster.
-    fn over_one_by_one(&self) -> f64 {
-        self.one_by_one.median() / self.groups.median()
+    /// Above 1: ours is faster than the better of libtorch's ways.
+    fn over_libtorch(&self) -> Option<f64> {
+        let median = |samples: &Option<Samples>| samples.as_ref().map(Samples::median);
+        Some(median(&self.groups)?.min(median(&self.one_by_one)?) / self.ours.median())
     }
 }
 
@@ -133,9 +151,11 @@ impl Report {
         let cases = self.cases.iter().map(|case| {
             json!({
                 "weights": format!("{:?}", case.weights).to_lowercase(), "rows": case.rows, "experts": case.experts,
-                "expert_bytes": case.bytes, "groups_us": case.groups.to_json(), "one_by_one_us": case.one_by_one.to_json(),
+                "expert_bytes": case.bytes, "us": case.ours.to_json(),
+                "groups_us": case.groups.as_ref().map(Samples::to_json),
+                "one_by_one_us": case.one_by_one.as_ref().map(Samples::to_json),
                 "bytes_per_second": case.rate(), "of_bandwidth": case.rate() / self.bandwidth,
-                "one_by_one_over_groups": case.over_one_by_one(),
+                "libtorch_over_ours": case.over_libtorch(),
             })
         });
         json!({
@@ -156,20 +176,32 @@ impl fmt::Display for Report {
         writeln!(f, "{BATCHES} batches. Copying within its memory reads and writes {limit:.0} GB/s in this run.")?;
         writeln!(
             f,
-            "{:>8} {:>6} {:>8} {:>11} {:>8} {:>11} {:>15} {:>20}",
-            "weights", "rows", "experts", "groups, µs", "GB/s", "% of limit", "one by one, µs", "one by one ÷ groups"
+            "{:>8} {:>6} {:>8} {:>8} {:>6} {:>11} {:>21} {:>25} {:>17}",
+            "weights",
+            "rows",
+            "experts",
+            "µs",
+            "GB/s",
+            "% of limit",
+            "libtorch's groups, µs",
+            "libtorch one by one, µs",
+            "libtorch ÷ ours"
         )?;
         for case in &self.cases {
             let (rate, of_limit) = (case.rate() / 1e9, 100.0 * case.rate() / self.bandwidth);
+            let or_none =
+                |value: Option<f64>, digits: usize| value.map_or("–".to_owned(), |v| format!("{v:.digits$}"));
+            let median = |samples: &Option<Samples>| or_none(samples.as_ref().map(Samples::median), 0);
             writeln!(
                 f,
-                "{:>8} {:>6} {:>8.1} {:>11.0} {rate:>8.0} {of_limit:>11.0} {:>15.0} {:>20.2}",
+                "{:>8} {:>6} {:>8.1} {:>8.0} {rate:>6.0} {of_limit:>11.0} {:>21} {:>25} {:>17}",
                 format!("{:?}", case.weights).to_lowercase(),
                 case.rows,
                 case.experts,
-                case.groups.median(),
-                case.one_by_one.median(),
-                case.over_one_by_one()
+                case.ours.median(),
+                median(&case.groups),
+                median(&case.one_by_one),
+                or_none(case.over_libtorch(), 2)
             )?;
         }
         writeln!(f)?;

@@ -6,9 +6,13 @@ use tch::Tensor;
 
 use crate::{
     checkpoint::{self, Checkpoint, Stored, Weight},
-    compute::Slot,
+    compute::{self, Slot},
     config::ModelConfig,
     device::{Compute, Device},
+    gpu::{
+        self,
+        experts::{Format, Kernels},
+    },
     hidden::Hidden,
     kernels::{
         Isa, Source,
@@ -37,7 +41,17 @@ impl Mlp {
         inner: usize,
         compute: Compute,
     ) -> Result<Self, checkpoint::Error> {
-        let load = |part: &str, size| Linear::load(checkpoint, &format!("{name}.{part}"), size, false, compute);
+        Self::of([hidden, inner], compute, |part, size| {
+            Linear::load(checkpoint, &format!("{name}.{part}"), size, false, compute)
+        })
+    }
+
+    /// Of what `load` gives for each part and its size.
+    fn of<E>(
+        [hidden, inner]: [usize; 2],
+        compute: Compute,
+        load: impl Fn(&str, [usize; 2]) -> Result<Linear, E>,
+    ) -> Result<Self, E> {
         Ok(Self {
             gate: load("gate_proj", [inner, hidden])?,
             up: load("up_proj", [inner, hidden])?,
@@ -91,7 +105,12 @@ impl Expert {
         let config: &ModelConfig = checkpoint.config();
         let name = format!("model.layers.{layer}.mlp.experts.{expert}");
         let (hidden, inner) = (config.hidden_size, config.moe_intermediate_size);
-        let mlp = Mlp::load(checkpoint, &name, hidden, inner, compute)?;
+        let mlp = match checkpoint.expert_format(layer as usize, expert as usize, compute) {
+            None => Mlp::load(checkpoint, &name, hidden, inner, compute)?,
+            Some(_) => Mlp::of([hidden, inner], compute, |part, size| {
+                Linear::load_as_stored(checkpoint, &format!("{name}.{part}"), size, compute)
+            })?,
+        };
         for (part, linear) in [("gate", &mlp.gate), ("up", &mlp.up), ("down", &mlp.down)] {
             let tensor = format!("{name}.{part}_proj.weight");
             linear.fetch().map_err(|error| checkpoint.unreadable(&tensor, &error))?;
@@ -110,8 +129,28 @@ impl Expert {
     }
 
     /// Rows `[n, D]` to rows `[n, D]`.
-    pub fn forward(&self, rows: &Hidden) -> Hidden {
-        Hidden(self.mlp.forward(&rows.0))
+    ///
+    /// # Errors
+    /// A GPU's kernel could not be launched.
+    pub fn forward(&self, rows: &Hidden) -> Result<Hidden, compute::Error> {
+        if let Some((kernels, _)) = self.kernels().filter(|(_, format)| *format != Format::Bf16) {
+            let all: Vec<usize> = (0..rows.rows()).collect();
+            return Ok(kernels.forward(rows, &[self], &[all.len()], &all, &all)?);
+        }
+        Ok(Hidden(self.mlp.forward(&rows.0)))
+    }
+
+    /// The kernels on a GPU that can compute it, and how they read its weights.
+    pub(crate) fn kernels(&self) -> Option<(&'static Kernels, Format)> {
+        let [gate, up, down] = self.on_gpu()?.map(|part| part.format);
+        let suits = gate == up && up == down && Kernels::suit(self.hidden, self.inner_size(), gate);
+        Kernels::of(self.compute).filter(|_| suits).map(|kernels| (kernels, gate))
+    }
+
+    /// Gate, up and down as those read them.
+    pub(crate) fn on_gpu(&self) -> Option<[gpu::experts::Matrix; 3]> {
+        let Mlp { gate, up, down, .. } = &self.mlp;
+        Some([gate.on_gpu()?, up.on_gpu()?, down.on_gpu()?])
     }
 
     /// Bytes of its weights in the format that they have here.
@@ -156,6 +195,24 @@ impl Expert {
             Linear::new(Stored::Plain(Weight::owned(values.to_kind(compute.kind()))), None, compute)
         };
         let mlp = Mlp { gate: draw(inner, hidden), up: draw(inner, hidden), down: draw(hidden, inner), compute };
+        Self { mlp, compute, hidden, slot: None }
+    }
+
+    /// The same in FP8, with a scale per block of `block` by `block`.
+    #[cfg(test)]
+    pub(crate) fn drawn_in_fp8(hidden: usize, inner: usize, block: usize, compute: Compute) -> Self {
+        let draw = |[out, inner]: [usize; 2]| {
+            // Every code but those that are no number.
+            let codes = Tensor::randint(256, [out as i64, inner as i64], (tch::Kind::Uint8, tch::Device::Cpu));
+            let codes = codes.masked_fill(&codes.bitwise_and(0x7f).eq(0x7f), 0x80);
+            let scales = Tensor::rand(
+                [(out.div_ceil(block) * inner.div_ceil(block)) as i64],
+                (tch::Kind::Float, tch::Device::Cpu),
+            );
+            let (codes, scales) = (Weight::owned(codes), Weight::owned(scales * 1e-3 + 1e-4));
+            Linear::as_stored(Stored::Fp8 { codes, scales, block }, compute)
+        };
+        let mlp = Mlp { gate: draw([inner, hidden]), up: draw([inner, hidden]), down: draw([hidden, inner]), compute };
         Self { mlp, compute, hidden, slot: None }
     }
 

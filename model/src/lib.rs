@@ -32,6 +32,7 @@ mod transfer;
 // One forward pass, in the order a row meets the parts.
 pub mod hidden;
 pub(crate) mod kernels;
+mod gpu;
 mod linear;
 mod norm;
 mod rope;

@@ -10,6 +10,7 @@ use tch::{Kind, Tensor};
 use crate::{
     checkpoint::{self, Checkpoint, Stored, Weight},
     device::{Compute, Device, Dtype, Numerics},
+    gpu,
     kernels::{
         Format, Isa, Matrix, Operand,
         product::{Job, products},
@@ -57,6 +58,40 @@ impl Linear {
         Ok(Self::new(weight, bias, compute))
     }
 
+    /// The same without a bias, in the format that it is stored in, for experts' kernels on a GPU.
+    pub(crate) fn load_as_stored(
+        checkpoint: &Checkpoint,
+        name: &str,
+        size: [usize; 2],
+        compute: Compute,
+    ) -> Result<Self, checkpoint::Error> {
+        Ok(Self::as_stored(checkpoint.load_stored(&format!("{name}.weight"), size)?, compute))
+    }
+
+    /// `weight` where it is to be computed with, in its own format.
+    pub(crate) fn as_stored(weight: Stored, compute: Compute) -> Self {
+        let weight = weight.on(compute.torch_device());
+        let out = match &weight {
+            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[0],
+        };
+        Self { weight, bias: None, out, compute }
+    }
+
+    /// As kernels on a GPU read it; `None` where they cannot.
+    pub(crate) fn on_gpu(&self) -> Option<gpu::experts::Matrix> {
+        let address = |weight: &Weight| weight.data_ptr().cast_const();
+        let (format, weight, scales) = match &self.weight {
+            Stored::Plain(weight) => (gpu::experts::Format::Bf16, weight, std::ptr::null()),
+            Stored::Fp8 { codes, scales, block } => {
+                (gpu::experts::Format::Fp8 { block: *block }, codes, address(scales))
+            }
+        };
+        let readable = matches!(weight.device(), tch::Device::Cuda(_))
+            && matches!(weight.kind(), Kind::BFloat16 | Kind::Uint8)
+            && weight.is_contiguous();
+        readable.then(|| gpu::experts::Matrix { format, values: address(weight), scales })
+    }
+
     /// Reads the weight's pages now, see [`Weight::fetch`].
     pub(crate) fn fetch(&self) -> std::io::Result<()> {
         self.weight.fetch()
@@ -91,7 +126,7 @@ impl Linear {
         let of = |weight: &Weight| (weight.numel() * weight.kind().elt_size_in_bytes()) as u64;
         match &self.weight {
             Stored::Plain(weight) => of(weight),
-            Stored::Fp8 { codes, scales, .. } => of(codes) + size_of_val(&scales[..]) as u64,
+            Stored::Fp8 { codes, scales, .. } => of(codes) + of(scales),
         }
     }
 

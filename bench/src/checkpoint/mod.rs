@@ -238,7 +238,7 @@ mod tests {
             write(folder.path(), &LONG, weights).unwrap();
             let expert = Expert::load(&Checkpoint::open(folder.path()).unwrap(), 1, 3, compute).unwrap();
             let row: Vec<f32> = (0..LONG.hidden).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
-            let out = expert.forward(&Hidden::from_rows(&row, LONG.hidden, compute)).to_rows();
+            let out = expert.forward(&Hidden::from_rows(&row, LONG.hidden, compute)).unwrap().to_rows();
             let size = (out.iter().map(|value| value * value).sum::<f32>() / out.len() as f32).sqrt();
             assert!((0.05..2.0).contains(&size), "{weights:?}: {size}");
         }

@@ -22,6 +22,7 @@ pub use weight::Weight;
 
 use crate::config::{Fp8Blocks, ModelConfig};
 use crate::device::{Compute, Device};
+use crate::gpu::experts::{Format, Kernels};
 use layout::Expected;
 use safetensors::{Files, Located};
 
@@ -112,7 +113,23 @@ impl Checkpoint {
         let shard = &self.files.shards[located.shard];
         let broken = |reason| Error::Tensor { file: shard.path.clone(), tensor: name.to_owned(), reason };
         let codes = Weight::map(&shard.file, located, Kind::Uint8).map_err(broken)?;
-        Ok(Stored::Fp8 { codes, scales: self.scales(name, [out, inner], blocks)?, block: blocks.rows })
+        let scales = Weight::owned(Tensor::from_slice(&self.scales(name, [out, inner], blocks)?));
+        Ok(Stored::Fp8 { codes, scales, block: blocks.rows })
+    }
+
+    /// How kernels on a GPU read the weights of expert `expert` of layer `layer`, without one being copied or expanded: all of
+    /// them are stored alike. `None` where they are not, or there are no such kernels; then weights become numbers of the
+    /// computation.
+    pub(crate) fn expert_format(&self, layer: usize, expert: usize, compute: Compute) -> Option<Format> {
+        let format = |name: &String| match (self.files.tensors.get(name)?.dtype, self.config.quantization) {
+            (Dtype::BF16, _) => Some(Format::Bf16),
+            (Dtype::F8_E4M3, Some(blocks)) => Some(Format::Fp8 { block: blocks.rows }),
+            _ => None,
+        };
+        let [first, rest @ ..] = layout::expert_weights(layer, expert).map(|name| format(&name));
+        let format = first.filter(|_| rest.iter().all(|other| *other == first))?;
+        let suits = Kernels::suit(self.config.hidden_size, self.config.moe_intermediate_size, format);
+        Kernels::of(compute).filter(|_| suits).map(|_| format)
     }
 
     /// Stored bytes of one routed expert, scales included; 0 for a model without any. All are the same size, give or take
@@ -124,15 +141,18 @@ impl Checkpoint {
     }
 
     /// Bytes that one routed expert takes where it is computed as `compute` says; as [`Self::expert_bytes`] for one that is read
-    /// as stored. On the processor BF16 and FP8 are; what else there is becomes numbers of the computation.
+    /// as stored. On the processor BF16 and FP8 are, on a GPU what its kernels read; what else there is becomes numbers of the
+    /// computation.
     pub fn resident_expert_bytes(&self, compute: Compute) -> u64 {
         let Some(layer) = self.config.moe_layers().next() else { return 0 };
         let value = compute.kind().elt_size_in_bytes() as u64;
+        let kept = self.expert_format(layer, 0, compute).is_some();
         let bytes = |name: &String| {
             let Some(located) = self.files.tensors.get(name) else { return 0 };
             let scales = self.files.tensors.get(&layout::scales_of(name)).map_or(0, |located| located.bytes);
             match (compute.device, located.dtype) {
                 (Device::Cpu, Dtype::BF16 | Dtype::F8_E4M3) => located.bytes + scales,
+                (Device::Cuda(_), _) if kept => located.bytes + scales,
                 _ => located.shape.iter().map(|dim| *dim as u64).product::<u64>() * value,
             }
         };

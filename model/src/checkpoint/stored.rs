@@ -1,7 +1,7 @@
 //! A weight of two dimensions as its file stores it. In: a tensor's place in a file. Out: memory that kernels multiply with
-//! in place. Never here: a value decoded; only scales, one per 16,384 codes, are read.
+//! in place, on the processor or a GPU. Never here: a value decoded; only scales, one per 16,384 codes, are read.
 
-use tch::Kind;
+use tch::{Device, Kind};
 
 use super::Weight;
 use crate::kernels::{
@@ -16,7 +16,7 @@ pub(crate) enum Stored {
     /// Floating-point numbers.
     Plain(Weight),
     /// E4M3 codes, and f32 scales `[ceil(out / block), ceil(inner / block)]`.
-    Fp8 { codes: Weight, scales: Vec<f32>, block: usize },
+    Fp8 { codes: Weight, scales: Weight, block: usize },
 }
 
 impl Stored {
@@ -32,8 +32,20 @@ impl Stored {
         match self {
             Self::Plain(weight) => Self::Plain(weight.share()),
             Self::Fp8 { codes, scales, block } => {
-                Self::Fp8 { codes: codes.share(), scales: scales.clone(), block: *block }
+                Self::Fp8 { codes: codes.share(), scales: scales.share(), block: *block }
             }
+        }
+    }
+
+    /// The same numbers in the same format on `device`.
+    pub(crate) fn on(self, device: Device) -> Self {
+        let place = |weight: Weight| {
+            let kind = weight.kind();
+            weight.to(kind, device)
+        };
+        match self {
+            Self::Plain(weight) => Self::Plain(place(weight)),
+            Self::Fp8 { codes, scales, block } => Self::Fp8 { codes: place(codes), scales: place(scales), block },
         }
     }
 
@@ -42,7 +54,9 @@ impl Stored {
         let (weight, values) = match self {
             Self::Plain(weight) if weight.kind() == Kind::Float => (weight, Values::F32(f32s(weight))),
             Self::Plain(weight) => (weight, Values::Bf16(bf16s(weight))),
-            Self::Fp8 { codes, scales, block } => (codes, Values::Fp8 { codes: bytes(codes), scales, block: *block }),
+            Self::Fp8 { codes, scales, block } => {
+                (codes, Values::Fp8 { codes: bytes(codes), scales: f32s(scales), block: *block })
+            }
         };
         let size = weight.size();
         Matrix::new(values, size[0] as usize, size[1] as usize)

@@ -3,13 +3,14 @@
 //! In: checked batches of one layer, and the experts that are here. Out: for each batch, rows in its own order.
 //! Never here: a missing expert skipped. Either every assignment is computed or the caller is told.
 
+mod device;
 mod grouped;
 
-use std::{borrow::Cow, collections::BTreeMap};
+use std::collections::BTreeMap;
 
 use crate::{
     expert::Expert,
-    hidden::Hidden,
+    gpu,
     kernels::{
         Isa, Rows, Source,
         product::Out,
@@ -17,6 +18,7 @@ use crate::{
     },
 };
 
+use device::{Way, on_device};
 pub(crate) use grouped::Slot;
 pub use grouped::side_by_side;
 
@@ -40,6 +42,9 @@ pub struct ExpertBatch {
 /// Why nothing was computed.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Error {
+    /// A kernel of ours could not be launched.
+    #[error("the GPU does not compute: {0}")]
+    Gpu(String),
     /// It went away between the check and the computation.
     #[error("expert {0} is not resident")]
     NotResident(u16),
@@ -69,6 +74,23 @@ struct Assignment {
 ///
 /// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
 pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Vec<f32>>, Error> {
+    run_by(Way::Best, batches, resident)
+}
+
+/// The same without our kernels on a GPU, which are measured against this and compared with it; in products of groups where
+/// experts lie side by side.
+pub fn run_by_libtorch<'a>(
+    batches: &[&ExpertBatch],
+    resident: &dyn Fn(u16) -> Option<&'a Expert>,
+) -> Result<Vec<Vec<f32>>, Error> {
+    run_by(Way::Libtorch, batches, resident)
+}
+
+fn run_by<'a>(
+    way: Way,
+    batches: &[&ExpertBatch],
+    resident: &dyn Fn(u16) -> Option<&'a Expert>,
+) -> Result<Vec<Vec<f32>>, Error> {
     let by_expert = plan(batches)?;
     let mut experts = Vec::with_capacity(by_expert.len());
     for (&id, assignments) in &by_expert {
@@ -82,8 +104,18 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
     };
     let hidden = any.hidden_size();
     let by_ours = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
-    let outputs = if by_ours { by_kernels } else { by_libtorch }(&experts, batches, hidden);
+    let outputs = if by_ours && way == Way::Best {
+        by_kernels(&experts, batches, hidden)
+    } else {
+        on_device(&experts, batches, hidden, way)?
+    };
     Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
+}
+
+impl From<gpu::Error> for Error {
+    fn from(error: gpu::Error) -> Self {
+        Self::Gpu(error.to_string())
+    }
 }
 
 /// Which rows each expert gets.
@@ -140,59 +172,6 @@ fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch],
         }
     }
     outputs
-}
-
-/// Each row goes to the device once and each result comes back once, whatever the number of experts: between the two a GPU
-/// is never waited for. It puts rows in the experts' order and results in the batches'.
-fn by_libtorch(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Vec<f32>> {
-    let Some((any, _)) = experts.first() else { return Vec::new() };
-    let all: Cow<'_, [f32]> = match batches {
-        [one] => Cow::Borrowed(&one.hidden),
-        several => Cow::Owned(several.iter().flat_map(|batch| &batch.hidden).copied().collect()),
-    };
-    let (first_rows, first_places) =
-        (firsts(batches, |batch| batch.rows), firsts(batches, |batch| batch.expert_ids.len()));
-    let assignments = || experts.iter().flat_map(|(_, assignments)| assignments.iter());
-    let order: Vec<usize> = assignments().map(|Assignment { batch, row, .. }| first_rows[*batch] + row).collect();
-    let mut places = vec![0; order.len()];
-    for (nth, Assignment { batch, index, .. }) in assignments().enumerate() {
-        places[first_places[*batch] + index] = nth;
-    }
-    let rows = Hidden::from_rows(&all, hidden, any.compute()).at(&order);
-    let (each, counts): (Vec<&Expert>, Vec<usize>) =
-        experts.iter().map(|(expert, assignments)| (*expert, assignments.len())).unzip();
-    let computed = grouped::forward(&rows, &each, &counts).unwrap_or_else(|| one_by_one(&rows, &each, &counts));
-    let computed = computed.at(&places).to_rows();
-    match batches {
-        [_] => vec![computed],
-        several => {
-            let of = |(batch, first): (&&ExpertBatch, usize)| {
-                computed[first * hidden..][..batch.expert_ids.len() * hidden].to_vec()
-            };
-            several.iter().zip(first_places).map(of).collect()
-        }
-    }
-}
-
-/// Where each batch begins among all, each as long as `len` says.
-fn firsts(batches: &[&ExpertBatch], len: impl Fn(&ExpertBatch) -> usize) -> Vec<usize> {
-    let next = |end: &mut usize, batch: &&ExpertBatch| {
-        let first = *end;
-        *end += len(batch);
-        Some(first)
-    };
-    batches.iter().scan(0, next).collect()
-}
-
-/// As [`grouped::forward`], wherever the experts lie.
-fn one_by_one(rows: &Hidden, experts: &[&Expert], counts: &[usize]) -> Hidden {
-    let mut first = 0;
-    let part = |(expert, count): (&&Expert, &usize)| {
-        let part = expert.forward(&rows.run(first, *count));
-        first += count;
-        part
-    };
-    Hidden::one_after_the_other(&experts.iter().zip(counts).map(part).collect::<Vec<_>>())
 }
 
 /// Per row the weighted sum over its assignments, in the batch's order, where weights are given.

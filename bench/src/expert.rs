@@ -123,7 +123,7 @@ fn batch(values: &[f32], rows: usize) -> ExpertBatch {
     }
 }
 
-fn call(expert: &Expert, batch: &ExpertBatch) -> anyhow::Result<Vec<f32>> {
+fn call(expert: &Expert, batch: &ExpertBatch) -> anyhow::Result<compute::Computed> {
     let mut computed = compute::run(&[batch], &|_| Some(expert))?;
     computed.pop().context("one batch gives one answer")
 }

@@ -110,13 +110,13 @@ fn in_turns(alone: &[Expert], together: &[Expert], weights: Weights, rows: usize
     Ok(Case { weights, rows, experts, bytes, ours, groups, one_by_one })
 }
 
-type Run = fn(&[&ExpertBatch], &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error>;
+type Run = fn(&[&ExpertBatch], &[Expert]) -> Result<Vec<compute::Computed>, compute::Error>;
 
-fn by_the_quickest(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error> {
+fn by_the_quickest(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<compute::Computed>, compute::Error> {
     compute::run(batches, &|id| experts.get(usize::from(id)))
 }
 
-fn by_libtorch(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<Vec<f32>>, compute::Error> {
+fn by_libtorch(batches: &[&ExpertBatch], experts: &[Expert]) -> Result<Vec<compute::Computed>, compute::Error> {
     compute::run_by_libtorch(batches, &|id| experts.get(usize::from(id)))
 }
 

@@ -12,7 +12,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use conclave_model::compute::ExpertBatch;
+use conclave_model::compute::{Computed, ExpertBatch};
 use tokio::sync::oneshot;
 
 /// Assignments computed in one go, at most (a single larger batch still goes alone): past this the weights' cost is
@@ -47,7 +47,7 @@ pub enum Refusal {
 #[derive(Debug)]
 pub struct Answer {
     /// One output row per assignment, or per row where the batch carries weights.
-    pub outcome: Result<Vec<f32>, Refusal>,
+    pub outcome: Result<Computed, Refusal>,
     pub queued: Duration,
     pub computed: Duration,
 }

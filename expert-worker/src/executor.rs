@@ -8,10 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conclave_model::compute::{self, ExpertBatch};
+use conclave_model::compute::{self, Computed, ExpertBatch};
 use conclave_model::device::init_thread;
 use conclave_model::expert::Expert;
-use conclave_model::wire;
 use conclave_placement::ids::{ExpertId, LayerIdx};
 use conclave_runtime::tensor_thread::{self, SpawnError, TensorThread, panic_message};
 use parking_lot::Mutex;
@@ -135,7 +134,7 @@ fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
             metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
             metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
             // Returned as computed: the router judges its workers, this worker only counts.
-            if !wire::all_finite(rows) {
+            if !rows.all_finite() {
                 metrics.non_finite.inc();
             }
         }
@@ -143,7 +142,7 @@ fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
     }
 }
 
-fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant, computed: Duration) {
+fn reply(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant, computed: Duration) {
     let queued = started.saturating_duration_since(pending.arrived);
     // Nobody may be waiting any more.
     let _ = pending.answer.send(Answer { outcome, queued, computed });
@@ -151,7 +150,7 @@ fn reply(pending: Pending, outcome: Result<Vec<f32>, Refusal>, started: Instant,
 
 /// One outcome per batch. Where the group fails as a whole, a batch whose expert has gone since it was accepted is refused, and
 /// each other one is tried alone, so that only the one that cannot be computed is refused.
-fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Vec<f32>, Refusal>> {
+fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Computed, Refusal>> {
     let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
     let reason = match compute_batches(experts, &batches) {
         Ok(outputs) => return outputs.into_iter().map(Ok).collect(),
@@ -184,7 +183,7 @@ fn missing(experts: &Held, batch: &ExpertBatch) -> Vec<u16> {
 }
 
 /// One output per batch, or what went wrong, a panic included.
-fn compute_batches(experts: &Held, batches: &[&ExpertBatch]) -> Result<Vec<Vec<f32>>, String> {
+fn compute_batches(experts: &Held, batches: &[&ExpertBatch]) -> Result<Vec<Computed>, String> {
     let layer = batches.first().map_or(0, |batch| batch.layer);
     let held = |id| experts.get(layer, id);
     let outputs = match catch_unwind(AssertUnwindSafe(|| compute::run(batches, &held))) {
@@ -214,7 +213,7 @@ mod tests {
     fn a_batch_whose_expert_has_gone_is_refused_and_takes_no_other_with_it() {
         let nothing_to_do = pending(vec![]);
         let outcomes = compute_group(&Held::default(), &[pending(vec![9, 3, 9]), nothing_to_do]);
-        assert_eq!(outcomes, [Err(Refusal::NotResident(vec![3, 9])), Ok(vec![])]);
+        assert_eq!(outcomes, [Err(Refusal::NotResident(vec![3, 9])), Ok(Vec::new().into())]);
     }
 
     #[test]
@@ -226,6 +225,6 @@ mod tests {
         cannot.batch.weights = Some(vec![1.0]);
         let outcomes = compute_group(&Held::default(), &[cannot, nothing_to_do]);
         assert!(matches!(&outcomes[0], Err(Refusal::Internal(_))), "{outcomes:?}");
-        assert_eq!(outcomes[1], Ok(vec![]));
+        assert_eq!(outcomes[1], Ok(Vec::new().into()));
     }
 }

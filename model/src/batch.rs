@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     cache::{BLOCK_TOKENS, Keys},
     device::Numerics,
+    gpu::attention::Lookup,
     rope::{Angles, Rope},
     transfer::placed,
 };
@@ -53,6 +54,12 @@ pub(crate) struct Plan {
 /// Rows that attention computes in one go.
 #[derive(Debug)]
 pub(crate) enum Part {
+    /// Those of all segments of few rows, for our own kernels.
+    Few {
+        /// Of the pass, `[n]`; `None` where they are all of them, in order.
+        rows: Option<Tensor>,
+        lookup: Lookup,
+    },
     /// B segments of r rows each over tables of n blocks each, padded.
     Together {
         /// Of the pass, `[B*r]`.
@@ -88,10 +95,11 @@ impl Batch {
     }
 
     /// Made when it is first asked for, once for all layers.
-    pub(crate) fn plan(&self) -> &Plan {
+    /// `by_kernels`: our own compute what is few.
+    pub(crate) fn plan(&self, by_kernels: bool) -> &Plan {
         self.plan.get_or_init(|| {
             let slots: Vec<i64> = self.slots.iter().map(|&slot| slot as i64).collect();
-            let (parts, order) = divide(&self.segments, self.device, self.numerics);
+            let (parts, order) = divide(&self.segments, self.device, self.numerics, by_kernels);
             Plan { slots: placed(&slots, self.device), parts, order: order.map(|order| placed(&order, self.device)) }
         })
     }
@@ -104,21 +112,29 @@ fn slots(segment: &Segment) -> impl Iterator<Item = usize> + '_ {
 
 /// Few rows over tables of about one length go together, so that a step of many sequences is a handful of products: a
 /// table is padded to at most twice its size. Everything else is computed alone.
-fn divide(segments: &[Segment], device: Device, numerics: Numerics) -> (Vec<Part>, Option<Vec<i64>>) {
+fn divide(segments: &[Segment], device: Device, numerics: Numerics, by_kernels: bool) -> (Vec<Part>, Option<Vec<i64>>) {
+    let mut few: Vec<(&Segment, i64)> = Vec::new();
     let mut together: BTreeMap<(usize, u32), Vec<(&Segment, i64)>> = BTreeMap::new();
     let mut alone = Vec::new();
     let mut first = 0;
     for segment in segments {
         let blocks = (segment.start + segment.rows).div_ceil(BLOCK_TOKENS);
-        if segment.rows <= ROWS_TOGETHER && numerics == Numerics::Fast {
-            together.entry((segment.rows, blocks.next_power_of_two().ilog2())).or_default().push((segment, first));
-        } else {
+        if segment.rows > ROWS_TOGETHER || numerics != Numerics::Fast {
             alone.push((segment, first));
+        } else if by_kernels {
+            few.push((segment, first));
+        } else {
+            together.entry((segment.rows, blocks.next_power_of_two().ilog2())).or_default().push((segment, first));
         }
         first += segment.rows as i64;
     }
     let mut parts = Vec::new();
     let mut rows: Vec<i64> = Vec::new();
+    if !few.is_empty() {
+        rows.extend(few.iter().flat_map(|(segment, first)| *first..*first + segment.rows as i64));
+        let all = few.len() == segments.len();
+        parts.push(Part::Few { rows: (!all).then(|| placed(&rows, device)), lookup: lookup(&few, device) });
+    }
     for group in together.into_values() {
         if let [one] = group[..] {
             alone.push(one);
@@ -152,6 +168,24 @@ fn keys(segment: &Segment, device: Device) -> Keys {
     }
     let blocks: Vec<i64> = blocks.iter().map(|&block| i64::from(block)).collect();
     Keys::Table(placed(&blocks, device))
+}
+
+/// Row, table and keys of each row of `few`, with the first row of each.
+fn lookup(few: &[(&Segment, i64)], device: Device) -> Lookup {
+    const ENTRY: usize = 3;
+    let rows: usize = few.iter().map(|(segment, _)| segment.rows).sum();
+    let (mut table, mut tables, mut blocks) = (Vec::with_capacity(rows * ENTRY), Vec::new(), 0);
+    for (segment, first) in few {
+        let begins = (rows * ENTRY + tables.len()) as i64;
+        for row in 0..segment.rows as i64 {
+            table.extend([begins, segment.start as i64 + row + 1, first + row]);
+        }
+        let needed = (segment.start + segment.rows).div_ceil(BLOCK_TOKENS);
+        tables.extend(segment.blocks[..needed].iter().map(|&block| i64::from(block)));
+        blocks = blocks.max(needed);
+    }
+    table.extend(tables);
+    Lookup { table: placed(&table, device), rows, blocks }
 }
 
 fn group_of(group: &[(&Segment, i64)], device: Device) -> Part {

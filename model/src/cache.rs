@@ -68,6 +68,11 @@ impl KvCache {
         let _ = flat.index_copy_(0, slots, rows);
     }
 
+    /// A layer's blocks `[blocks, 64, C+R]`, for kernels on a GPU.
+    pub(crate) fn layer(&self, layer: usize) -> &Tensor {
+        &self.layers[layer]
+    }
+
     /// A layer's blocks as kernels read them.
     pub(crate) fn blocks(&self, layer: usize) -> Blocks<'_> {
         match tensor::rows(&self.layers[layer]) {

@@ -54,8 +54,13 @@ impl Hidden {
 
     /// The values as f32 `[T, D]`.
     pub fn to_rows(&self) -> Vec<f32> {
+        tensor::rows(&self.here().0).to_f32(Isa::best())
+    }
+
+    /// The same, contiguous, on the processor.
+    pub(crate) fn here(&self) -> Self {
         let [rows] = fetched([self.0.contiguous()]);
-        tensor::rows(&rows).to_f32(Isa::best())
+        Self(rows)
     }
 
     /// The rows numbered `rows`, in that order; each below T.

@@ -42,9 +42,9 @@ impl RmsNorm {
         Self { weight, values, eps }
     }
 
-    #[cfg(test)]
-    pub(crate) fn weight(&self) -> &Tensor {
-        &self.weight
+    /// `[size]`, and epsilon.
+    pub(crate) fn parts(&self) -> (&Tensor, f32) {
+        (&self.weight, self.eps as f32)
     }
 
     /// Any shape whose last dimension is the weight's size.

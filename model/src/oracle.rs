@@ -118,7 +118,7 @@ impl Oracle {
         };
         let here = |expert: u16| self.experts[layer].get(expert as usize);
         let mut computed = compute::run(&[&batch], &here).unwrap_or_else(|error| unreachable!("{error}"));
-        let computed = computed.swap_remove(0);
+        let computed = computed.swap_remove(0).into_f32();
         let Some([_, combine]) = self.wire else { return computed };
         let (values, _) = wire::encode(&computed, width, combine);
         let back = wire::Rows::new(combine, values, routing.weights.len(), width);

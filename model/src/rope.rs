@@ -73,6 +73,11 @@ impl Angles {
         RowAngles { turns: tensor::f32s(&self.turns).as_chunks().0, interleaved: self.interleaved }
     }
 
+    /// f32 `[T, 1, R/2, 2]`, and whether pairs are (2i, 2i+1); otherwise (i, i + R/2).
+    pub(crate) fn turns(&self) -> (&Tensor, bool) {
+        (&self.turns, self.interleaved)
+    }
+
     /// Rotates `x: [T, heads, R]`, on any device: each pair is a complex number, turned by another.
     pub(crate) fn rotate(&self, x: &Tensor) -> Tensor {
         let size = x.size();

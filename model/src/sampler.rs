@@ -3,7 +3,7 @@
 //! In: one row of logits, the parameters of a request, what it has so far. Out: a token id, and logprobs.
 //! Never here: state between draws. Every draw comes from (seed, position), so any router can continue any stream.
 
-use std::collections::HashMap;
+use std::{borrow::Cow, collections::HashMap};
 
 use crate::grammar::Mask;
 
@@ -47,6 +47,12 @@ impl SamplingParams {
     }
 }
 
+impl SamplingParams {
+    fn penalises(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+}
+
 /// What a sequence has so far.
 #[derive(Clone, Copy, Debug)]
 pub struct Context<'a> {
@@ -62,18 +68,11 @@ pub struct Context<'a> {
 
 /// Draws the next token from `logits`, `[vocab_size]`.
 pub fn sample(logits: &[f32], params: &SamplingParams, context: Context<'_>) -> u32 {
-    let mut logits = logits.to_vec();
-    penalise(&mut logits, params, context);
-    for &(token, bias) in &params.logit_bias {
-        if let Some(logit) = logits.get_mut(token as usize) {
-            *logit += bias;
-        }
-    }
-    restrict(&mut logits, context);
+    let logits = &*changed(logits, params, context);
     if params.temperature == 0.0 {
-        return argmax(&logits);
+        return argmax(logits);
     }
-    let candidates = filter(&logits, params);
+    let candidates = filter(logits, params);
     let total: f64 = candidates.iter().map(|&(_, mass)| mass).sum();
     let mut left = uniform(params.seed, context.answer.len() as u64) * total;
     for &(token, mass) in &candidates {
@@ -83,7 +82,24 @@ pub fn sample(logits: &[f32], params: &SamplingParams, context: Context<'_>) -> 
         }
     }
     // Rounding may leave a crumb past the last candidate.
-    candidates.last().map_or_else(|| argmax(&logits), |&(token, _)| token)
+    candidates.last().map_or_else(|| argmax(logits), |&(token, _)| token)
+}
+
+/// With penalties, biases and without what may not be drawn: a copy only where there is any of it.
+fn changed<'a>(logits: &'a [f32], params: &SamplingParams, context: Context<'_>) -> Cow<'a, [f32]> {
+    let mut logits = Cow::Borrowed(logits);
+    if params.penalises() {
+        penalise(logits.to_mut(), params, context);
+    }
+    for &(token, bias) in &params.logit_bias {
+        if let Some(logit) = logits.to_mut().get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    if context.allowed.is_some() || !context.forbidden.is_empty() {
+        restrict(logits.to_mut(), context);
+    }
+    logits
 }
 
 /// Takes away what may not be drawn.
@@ -106,15 +122,18 @@ fn restrict(logits: &mut [f32], context: Context<'_>) {
     }
 }
 
-/// The index of the greatest value, the lowest of equals.
+/// The index of the greatest value, the lowest of equals; 0 where none is a number.
 pub fn argmax(values: &[f32]) -> u32 {
-    let mut best = 0;
-    for (index, value) in values.iter().enumerate() {
-        if *value > values[best] || values[best].is_nan() {
-            best = index;
-        }
+    // Lanes that do not wait for each other become vectors; an index carried along would not.
+    const LANES: usize = 32;
+    let greater = |most: f32, value: f32| if value > most { value } else { most };
+    let (lines, rest) = values.as_chunks::<LANES>();
+    let mut most = [f32::NEG_INFINITY; LANES];
+    for line in lines {
+        most.iter_mut().zip(line).for_each(|(most, value)| *most = greater(*most, *value));
     }
-    best as u32
+    let greatest = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, greater);
+    values.iter().position(|value| *value == greatest).unwrap_or(0) as u32
 }
 
 /// Repetition (CTRL, arXiv 1909.05858, section 4.1), presence and frequency penalties.
@@ -310,6 +329,20 @@ mod tests {
         allowed.allow(1);
         let context = Context { prompt: &[], answer: &[], forbidden: &[2], allowed: Some(&allowed) };
         assert_eq!(sample(&logits, &SamplingParams::greedy(), context), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn the_greatest_is_the_first_of_its_equals(
+            values in prop::collection::vec(prop::sample::select(vec![f32::NAN, f32::NEG_INFINITY, -1.5, -0.0, 0.0, 2.0]), 1..100),
+        ) {
+            let numbers = values.iter().enumerate().filter(|(_, value)| !value.is_nan());
+            let plain = numbers.fold(None, |best: Option<(usize, &f32)>, (index, value)| match best {
+                Some((_, most)) if value <= most => best,
+                _ => Some((index, value)),
+            });
+            prop_assert_eq!(argmax(&values) as usize, plain.map_or(0, |(index, _)| index));
+        }
     }
 
     proptest! {

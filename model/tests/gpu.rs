@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, path::Path};
 use anyhow::{Context, Result, ensure};
 use conclave_model::{
     checkpoint::Checkpoint,
-    compute::{self, ExpertBatch, side_by_side},
+    compute::{self, Computed, ExpertBatch, side_by_side},
     device::{Compute, Device, Dtype, Numerics, init_thread},
     expert::Expert,
 };
@@ -36,7 +36,8 @@ fn batch(hidden: usize, rows: usize, per_row: usize, ids: &[u16]) -> ExpertBatch
 }
 
 fn computed(batches: &[&ExpertBatch], experts: &Experts) -> Result<Vec<f32>> {
-    Ok(compute::run(batches, &|id| experts.get(&id))?.concat())
+    let each = compute::run(batches, &|id| experts.get(&id))?;
+    Ok(each.into_iter().flat_map(Computed::into_f32).collect())
 }
 
 fn lay_out(experts: &mut Experts) {

@@ -192,7 +192,7 @@ impl Loaded {
             self.experts.entry((batch.layer, id)).or_insert_with(|| load().expect("a whole checkpoint"));
         }
         let resident = |id: u16| self.experts.get(&(batch.layer, id));
-        compute::run(&[batch], &resident).expect("a router sends sound batches").swap_remove(0)
+        compute::run(&[batch], &resident).expect("a router sends sound batches").swap_remove(0).into_f32()
     }
 }
 

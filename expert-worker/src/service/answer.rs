@@ -4,7 +4,8 @@
 use std::time::Duration;
 
 use bytes::{BufMut, Bytes};
-use conclave_model::wire::{self, Encoding};
+use conclave_model::compute::Computed;
+use conclave_model::wire::Encoding;
 use conclave_proto::expert::v1 as pb;
 use conclave_proto::integrity;
 use conclave_runtime::stream::{Message, TooLong};
@@ -22,7 +23,7 @@ const MAX_REASON: usize = 1024;
 /// Rows of `hidden` values for batch `batch_id`, and the microseconds they took in the queue and in the making.
 pub(super) fn returned(
     batch_id: u64,
-    rows: &[f32],
+    rows: &Computed,
     hidden: usize,
     encoding: Encoding,
     [queue_us, compute_us]: [u64; 2],
@@ -32,7 +33,7 @@ pub(super) fn returned(
         Encoding::Bf16 => pb::Encoding::Bf16,
         Encoding::Fp8Block128 => pb::Encoding::Fp8E4m3Block128,
     };
-    let length = encoding.row_bytes(hidden) * (rows.len() / hidden.max(1));
+    let length = encoding.row_bytes(hidden) * (rows.values() / hidden.max(1));
     let mut message = Message::with_capacity(SMALL_FIELDS + length);
     let body = message.body();
     // `returned`, field 2 of the answer: its encoding, and its rows as field 2 of it.
@@ -45,7 +46,7 @@ pub(super) fn returned(
     encode_varint(length as u64, body);
     let start = body.len();
     body.put_bytes(0, length);
-    wire::encode_rows(rows.chunks_exact(hidden.max(1)), hidden, encoding, &mut body[start..], &mut []);
+    rows.encode(hidden, encoding, &mut body[start..]);
     let checksum = Some(integrity::of_rows(batch_id, kind.into(), &body[start..]));
     pb::CombineBatch { batch_id, outcome: None, queue_us, compute_us, checksum }.encode_raw(body);
     message.finish()
@@ -81,6 +82,7 @@ fn reason(refusal: Refusal) -> pb::Refused {
 
 #[cfg(test)]
 mod tests {
+    use conclave_model::wire;
     use conclave_runtime::stream::HEADER;
 
     use super::*;
@@ -91,7 +93,7 @@ mod tests {
         for (encoding, kind) in [(Encoding::F32, pb::Encoding::F32), (Encoding::Bf16, pb::Encoding::Bf16)] {
             for count in [0, 3] {
                 let values = &values[..count * 5];
-                let sent = returned(7, values, 5, encoding, [8, 9]).unwrap();
+                let sent = returned(7, &values.to_vec().into(), 5, encoding, [8, 9]).unwrap();
                 let returned = pb::Returned { encoding: kind.into(), rows: wire::encode(values, 5, encoding).0 };
                 let checksum = Some(integrity::of_returned(7, &returned));
                 let outcome = Some(pb::combine_batch::Outcome::Returned(returned));

@@ -7,7 +7,7 @@
 
 use std::borrow::Cow;
 
-use super::{Assignment, Error, ExpertBatch, grouped};
+use super::{Assignment, Computed, Error, ExpertBatch, grouped};
 use crate::{device::Numerics, expert::Expert, gpu::experts::Kernels, hidden::Hidden};
 
 /// Which of the ways may be taken.
@@ -25,7 +25,7 @@ pub(super) fn on_device(
     batches: &[&ExpertBatch],
     hidden: usize,
     way: Way,
-) -> Result<Vec<Vec<f32>>, Error> {
+) -> Result<Vec<Computed>, Error> {
     let Some((any, _)) = experts.first() else { return Ok(Vec::new()) };
     let all: Cow<'_, [f32]> = match batches {
         [one] => Cow::Borrowed(&one.hidden),
@@ -53,16 +53,9 @@ pub(super) fn on_device(
             in_experts_order.at(&from)
         }
     };
-    let computed = computed.to_rows();
-    Ok(match batches {
-        [_] => vec![computed],
-        several => {
-            let of = |(batch, first): (&&ExpertBatch, usize)| {
-                computed[first * hidden..][..batch.expert_ids.len() * hidden].to_vec()
-            };
-            several.iter().zip(first_places).map(of).collect()
-        }
-    })
+    let computed = computed.here();
+    let part = |(batch, first): (&&ExpertBatch, usize)| Computed::rows(computed.run(first, batch.expert_ids.len()));
+    Ok(batches.iter().zip(first_places).map(part).collect())
 }
 
 /// Our own, where they can compute all of `experts` and are the quickest, or give rows bits of their own where that is asked for.

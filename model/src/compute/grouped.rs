@@ -115,7 +115,7 @@ mod tests {
 
     use super::*;
     use crate::{
-        compute::{ExpertBatch, grouped, run, run_by_libtorch},
+        compute::{Computed, ExpertBatch, grouped, run, run_by_libtorch},
         device::Device,
     };
 
@@ -157,7 +157,8 @@ mod tests {
             let ours = run_by_libtorch(&batches, &|id| experts.get(id as usize)).expect("all are here");
             // What lies between is BF16 in one and f32 in the other, or is added up in another order.
             let bound = if f32_model { 1e-5 } else { 2e-2 };
-            for (ours, right) in ours.iter().flatten().zip(right.iter().flatten()) {
+            let values = |each: &Vec<Computed>| each.iter().flat_map(Computed::to_f32).collect::<Vec<_>>();
+            for (ours, right) in values(&ours).iter().zip(&values(&right)) {
                 prop_assert!((ours - right).abs() <= bound * right.abs().max(1.0), "{ours} {right}");
             }
             let again = run(&batches, &|id| experts.get(id as usize)).expect("all are here");

@@ -3,6 +3,7 @@
 //! In: checked batches of one layer, and the experts that are here. Out: for each batch, rows in its own order.
 //! Never here: a missing expert skipped. Either every assignment is computed or the caller is told.
 
+mod computed;
 mod device;
 mod grouped;
 
@@ -18,6 +19,7 @@ use crate::{
     },
 };
 
+pub use computed::Computed;
 use device::{Way, on_device};
 pub(crate) use grouped::Slot;
 pub use grouped::side_by_side;
@@ -72,8 +74,8 @@ struct Assignment {
 
 /// Computes `batches`, which share a layer, together: each expert sees its rows of all of them in one product.
 ///
-/// Returns per batch f32 `[A, D]`, or `[n, D]` where it carries weights.
-pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Vec<f32>>, Error> {
+/// Returns per batch `[A, D]`, or `[n, D]` where it carries weights.
+pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Computed>, Error> {
     run_by(Way::Best, batches, resident)
 }
 
@@ -82,7 +84,7 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
 pub fn run_by_libtorch<'a>(
     batches: &[&ExpertBatch],
     resident: &dyn Fn(u16) -> Option<&'a Expert>,
-) -> Result<Vec<Vec<f32>>, Error> {
+) -> Result<Vec<Computed>, Error> {
     run_by(Way::Libtorch, batches, resident)
 }
 
@@ -90,7 +92,7 @@ fn run_by<'a>(
     way: Way,
     batches: &[&ExpertBatch],
     resident: &dyn Fn(u16) -> Option<&'a Expert>,
-) -> Result<Vec<Vec<f32>>, Error> {
+) -> Result<Vec<Computed>, Error> {
     let by_expert = plan(batches)?;
     let mut experts = Vec::with_capacity(by_expert.len());
     for (&id, assignments) in &by_expert {
@@ -99,7 +101,7 @@ fn run_by<'a>(
     let Some((any, _)) = experts.first() else {
         return Ok(batches
             .iter()
-            .map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }])
+            .map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }].into())
             .collect());
     };
     let hidden = any.hidden_size();
@@ -142,7 +144,7 @@ impl Assignment {
 }
 
 /// All experts as one piece of work, each row from where it lies to where it belongs.
-fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Vec<f32>> {
+fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Computed> {
     let Some((any, _)) = experts.first() else { return Vec::new() };
     let mut outputs: Vec<Vec<f32>> =
         batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
@@ -171,18 +173,18 @@ fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch],
             output.set_len(batch.expert_ids.len() * hidden);
         }
     }
-    outputs
+    outputs.into_iter().map(Computed::from).collect()
 }
 
 /// Per row the weighted sum over its assignments, in the batch's order, where weights are given.
-fn weigh(batch: &ExpertBatch, output: Vec<f32>, hidden: usize) -> Vec<f32> {
-    let Some(weights) = &batch.weights else { return output };
+fn weigh(batch: &ExpertBatch, computed: Computed, hidden: usize) -> Computed {
+    let Some(weights) = &batch.weights else { return computed };
     let mut sums = vec![0.0; batch.rows * hidden];
-    for ((row, weight), values) in batch.row_ids.iter().zip(weights).zip(output.chunks_exact(hidden)) {
+    for ((row, weight), values) in batch.row_ids.iter().zip(weights).zip(computed.into_f32().chunks_exact(hidden)) {
         let start = *row as usize * hidden;
         for (sum, value) in sums[start..start + hidden].iter_mut().zip(values) {
             *sum += weight * value;
         }
     }
-    sums
+    sums.into()
 }

@@ -3,18 +3,12 @@
 //! In: rows in their order, experts and the rows that each of them gets. Out: a row for each. Never here: a weight moved, copied
 //! or expanded for it; a row whose bits depend on others.
 
-use std::{collections::BTreeMap, ffi::c_void, sync::LazyLock};
+use std::ffi::c_void;
 
-use parking_lot::Mutex;
 use tch::{Kind, Tensor};
 
-use super::{Error, Kernel, Module};
-use crate::{
-    device::{Compute, Device, Dtype},
-    expert::Expert,
-    hidden::Hidden,
-    transfer::placed,
-};
+use super::{Error, Kernel, Module, PerGpu, argument};
+use crate::{device::Compute, expert::Expert, hidden::Hidden, transfer::placed};
 
 /// Rows of one tile, and tiles that a block of threads may take at once.
 const ROWS: usize = 8;
@@ -26,7 +20,7 @@ const ALIGNED: usize = 16;
 /// A warp's step along the inner dimension has one scale.
 const STEP: usize = 64;
 /// From this many rows of one expert on, libtorch's products of BF16 cost less.
-const MOST_ROWS: usize = 64;
+const MOST_ROWS: usize = 32;
 
 /// How weights are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,17 +57,10 @@ struct Pair {
 }
 
 impl Kernels {
-    /// Those for `compute`; compiled when they are first asked for. `None` where there are none, which is told once.
+    /// Those for `compute`, see [`PerGpu::of`].
     pub(crate) fn of(compute: Compute) -> Option<&'static Self> {
-        static COMPILED: LazyLock<Mutex<BTreeMap<usize, Option<&'static Kernels>>>> = LazyLock::new(Mutex::default);
-        let (Device::Cuda(index), Dtype::Bf16) = (compute.device, compute.dtype) else { return None };
-        *COMPILED.lock().entry(index).or_insert_with(|| match Self::compile(index) {
-            Ok(kernels) => Some(Box::leak(Box::new(kernels))),
-            Err(error) => {
-                tracing::warn!(%error, "no kernels of our own on cuda:{index}: libtorch computes experts, FP8 ones as BF16");
-                None
-            }
-        })
+        static COMPILED: PerGpu<Kernels> = PerGpu::new();
+        COMPILED.of(compute, Self::compile, "libtorch computes experts, FP8 ones as BF16")
     }
 
     fn compile(index: usize) -> Result<Self, Error> {
@@ -159,13 +146,13 @@ impl Kernels {
             let mut sizes = [hidden, inner, block].map(|size| i32::try_from(size).unwrap_or(i32::MAX));
             let [hidden, inner, block] = &mut sizes;
             let mut arguments = [
-                (&raw mut groups).cast(),
-                (&raw mut from).cast(),
-                (&raw mut indices).cast(),
-                (&raw mut to).cast(),
-                ptr_to(hidden),
-                ptr_to(inner),
-                ptr_to(block),
+                argument(&mut groups),
+                argument(&mut from),
+                argument(&mut indices),
+                argument(&mut to),
+                argument(hidden),
+                argument(inner),
+                argument(block),
             ];
             // SAFETY: seven values as the kernels declare them. Weights are the experts', of the sizes that they say, and they
             // stay until libtorch frees them, which it does in the order of its stream; so do the tensors of this function. Rows
@@ -176,10 +163,6 @@ impl Kernels {
         launch(pair.down, hidden, &between, places_at, &y)?;
         Ok(Hidden(y))
     }
-}
-
-fn ptr_to(value: &mut i32) -> *mut c_void {
-    (&raw mut *value).cast()
 }
 
 impl Format {
@@ -196,7 +179,7 @@ mod tests {
     use super::*;
     use crate::{
         compute::{ExpertBatch, run},
-        device::Numerics,
+        device::{Device, Dtype, Numerics},
     };
 
     fn experts(count: usize, hidden: usize, inner: usize, format: Format, device: Device) -> Vec<Expert> {
@@ -238,7 +221,8 @@ mod tests {
                 for rows in [1, 2, 8, 9, 17, 33, 100] {
                     let batch = batch(hidden, rows, 4);
                     let compute = |experts: &[Expert], batch: &ExpertBatch| {
-                        run(&[batch], &|id| experts.get(id as usize)).expect("all are here").concat()
+                        let mut each = run(&[batch], &|id| experts.get(id as usize)).expect("all are here");
+                        each.swap_remove(0).into_f32()
                     };
                     let (right, all) = (compute(&right, &batch), compute(&ours, &batch));
                     let square = |values: &mut dyn Iterator<Item = f32>| values.map(|v| f64::from(v * v)).sum::<f64>();

@@ -8,14 +8,19 @@
 // Functions of NVIDIA's libraries are called, and kernels read and write memory: each use says why it is sound.
 #![allow(unsafe_code)]
 
+pub(crate) mod attention;
 pub(crate) mod experts;
 
 use std::{
+    collections::BTreeMap,
     ffi::{CStr, CString, c_char, c_int, c_uint, c_void},
     ptr,
 };
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use parking_lot::Mutex;
+
+use crate::device::{Compute, Device, Dtype};
 
 /// `cudaDevAttrComputeCapabilityMajor` and `-Minor`.
 const CAPABILITY: [c_int; 2] = [75, 76];
@@ -73,7 +78,38 @@ pub(crate) struct Module {
 
 /// One kernel.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Kernel(*mut c_void);
+pub(crate) struct Kernel {
+    function: *mut c_void,
+    /// Bytes of shared memory that are asked for as it is launched.
+    shared: c_uint,
+}
+
+/// Kernels of one kind on each GPU, compiled when they are first asked for.
+#[derive(Debug)]
+pub(crate) struct PerGpu<T: 'static>(Mutex<BTreeMap<usize, Option<&'static T>>>);
+
+impl<T> PerGpu<T> {
+    pub(crate) const fn new() -> Self {
+        Self(Mutex::new(BTreeMap::new()))
+    }
+
+    /// Those for `compute`, which compute BF16. `None` where there are none, which is told once, with `instead`.
+    pub(crate) fn of(
+        &self,
+        compute: Compute,
+        compile: impl FnOnce(usize) -> Result<T, Error>,
+        instead: &str,
+    ) -> Option<&'static T> {
+        let (Device::Cuda(index), Dtype::Bf16) = (compute.device, compute.dtype) else { return None };
+        *self.0.lock().entry(index).or_insert_with(|| match compile(index) {
+            Ok(kernels) => Some(Box::leak(Box::new(kernels))),
+            Err(error) => {
+                tracing::warn!(%error, "no kernels of our own on cuda:{index}: {instead}");
+                None
+            }
+        })
+    }
+}
 
 // SAFETY: handles of the driver, which may be used by any thread.
 unsafe impl Send for Module {}
@@ -125,7 +161,22 @@ impl Module {
             let get_function = self.library.get::<GetFunction>(b"cuModuleGetFunction\0")?;
             check("cuModuleGetFunction", get_function(&raw mut function, self.module, name.as_ptr()))?;
         }
-        Ok(Kernel(function))
+        Ok(Kernel { function, shared: 0 })
+    }
+
+    /// The same with `bytes` of shared memory more than it declares.
+    pub(crate) fn kernel_with_shared(&self, name: &CStr, bytes: usize) -> Result<Kernel, Error> {
+        type SetAttribute = unsafe extern "C" fn(*mut c_void, c_int, c_int) -> c_int;
+        /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+        const MOST_SHARED: c_int = 8;
+        let kernel = self.kernel(name)?;
+        let shared = c_int::try_from(bytes).unwrap_or(c_int::MAX);
+        // SAFETY: the signature is that of CUDA 9 and later; the function is this module's.
+        unsafe {
+            let set_attribute = self.library.get::<SetAttribute>(b"cuFuncSetAttribute\0")?;
+            check("cuFuncSetAttribute", set_attribute(kernel.function, MOST_SHARED, shared))?;
+        }
+        Ok(Kernel { shared: shared.unsigned_abs(), ..kernel })
     }
 
     /// Has `kernel` run with `grid` blocks, after all that libtorch was asked for by this thread, and before all that it will
@@ -145,7 +196,19 @@ impl Module {
         // SAFETY: the caller's.
         unsafe {
             check("cudaSetDevice", (self.set_device)(self.gpu))?;
-            let status = (self.launch)(kernel.0, x, y, z, THREADS, 1, 1, 0, stream, arguments.as_mut_ptr(), extra);
+            let status = (self.launch)(
+                kernel.function,
+                x,
+                y,
+                z,
+                THREADS,
+                1,
+                1,
+                kernel.shared,
+                stream,
+                arguments.as_mut_ptr(),
+                extra,
+            );
             check("cuLaunchKernel", status)
         }
     }
@@ -201,4 +264,9 @@ unsafe fn compiled(library: &Library, name: &CStr, source: &CStr, architecture: 
 
 fn check(function: &'static str, code: c_int) -> Result<(), Error> {
     if code == 0 { Ok(()) } else { Err(Error::Failed { function, code, log: String::new() }) }
+}
+
+/// Where an argument of a kernel lies.
+fn argument<T>(value: &mut T) -> *mut c_void {
+    (&raw mut *value).cast()
 }

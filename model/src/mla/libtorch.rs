@@ -9,6 +9,7 @@ use crate::{
     batch::{Batch, Part, Plan},
     cache::{BLOCK_TOKENS, Keys, KvCache},
     device::Numerics,
+    gpu,
 };
 
 /// Scores that one product may make: the memory of a long prompt is bounded by its chunk, not by its square.
@@ -18,17 +19,35 @@ impl Mla {
     /// As [`forward`](Mla::forward), for any device.
     pub(super) fn by_libtorch(&self, layer: usize, x: &Tensor, batch: &Batch, cache: &KvCache) -> Tensor {
         let rows = x.size()[0];
-        let (angles, Plan { slots, parts, order }) = (&batch.angles, batch.plan());
+        let (angles, Plan { slots, parts, order }) = (&batch.angles, batch.plan(self.on_gpu.is_some()));
         let (q, kv) = self.project(x);
         let q = q.view([rows, self.heads, self.nope + self.rope]);
         let q_nope = q.narrow(2, 0, self.nope); // [T, H, N]
-        let q_pe = angles.rotate(&q.narrow(2, self.nope, self.rope)); // [T, H, R]
-        let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
-        let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
-        let k_pe = angles.rotate(&k_pe).squeeze_dim(1); // [T, R]
-        cache.write(layer, slots, &Tensor::cat(&[latent, k_pe], 1));
+        let q_pe = q.narrow(2, self.nope, self.rope); // [T, H, R]
+        let q_pe = match self.on_gpu {
+            Some(kernels) => {
+                let norm = self.kv_a_norm.parts();
+                launched(kernels.remember(self.sizes(), [&q, &kv], norm, angles.turns(), slots, cache.layer(layer)));
+                q_pe
+            }
+            None => {
+                let latent = self.kv_a_norm.forward(&kv.narrow(1, 0, self.latent)); // [T, C]
+                let k_pe = kv.narrow(1, self.latent, self.rope).unsqueeze(1);
+                let k_pe = angles.rotate(&k_pe).squeeze_dim(1); // [T, R]
+                cache.write(layer, slots, &Tensor::cat(&[latent, k_pe], 1));
+                angles.rotate(&q_pe)
+            }
+        };
 
         let part = |part: &Part| match part {
+            Part::Few { rows, lookup } => {
+                // They are planned where there are kernels for them.
+                let kernels = self.on_gpu.unwrap_or_else(|| unreachable!("no kernels"));
+                let q_nope = rows.as_ref().map_or_else(|| q_nope.shallow_clone(), |rows| q_nope.index_select(0, rows));
+                let queries = self.of_latents(&q_nope).contiguous(); // [H, n, C]
+                let sums = kernels.attend(self.sizes(), [&queries, &q], self.scale, lookup, cache.layer(layer));
+                self.raise(&launched(sums))
+            }
             Part::Together { rows, count, blocks, hidden } => {
                 let keys = cache.tables(layer, blocks, *count);
                 self.together(&q_nope.index_select(0, rows), &q_pe.index_select(0, rows), &keys, hidden)
@@ -146,8 +165,12 @@ impl Mla {
 
     /// `[T, H, N]`, `[T, H, R]` to queries of latents `[H, T, C+R]`.
     fn absorb(&self, q_nope: &Tensor, q_pe: &Tensor) -> Tensor {
-        let q_latent = q_nope.transpose(0, 1).matmul(&self.key_up.transpose(1, 2)); // [H, T, C]
-        Tensor::cat(&[q_latent, q_pe.transpose(0, 1)], 2)
+        Tensor::cat(&[self.of_latents(q_nope), q_pe.transpose(0, 1)], 2)
+    }
+
+    /// `[T, H, N]` to queries of latents `[H, T, C]`.
+    fn of_latents(&self, q_nope: &Tensor) -> Tensor {
+        q_nope.transpose(0, 1).matmul(&self.key_up.transpose(1, 2))
     }
 
     /// Sums of latents `[H, T, C]` to values `[T, H, V]`.
@@ -161,6 +184,11 @@ impl Mla {
         let nothing = Tensor::empty([1, 1, 1], (q.kind(), q.device()));
         nothing.baddbmm(q, &keys.transpose(1, 2), 0.0, self.scale)
     }
+}
+
+/// Panics where a kernel could not be launched, as libtorch does: what the engine makes of either is one thing.
+fn launched<T>(outcome: Result<T, gpu::Error>) -> T {
+    outcome.unwrap_or_else(|error| panic!("attention on the GPU: {error}"))
 }
 
 /// In `[H, T, S]` row t sees key s where s <= `before` + t.
@@ -193,16 +221,23 @@ mod tests {
         batch::Segment,
         checkpoint::{Stored, Weight},
         config::RopeConfig,
-        device::{Compute, Dtype, init_thread},
+        device::{Compute, Device, Dtype, init_thread},
+        gpu::attention::Kernels,
         linear::Linear,
         norm::RmsNorm,
         rope::Rope,
     };
 
     fn random_mla(numerics: Numerics) -> Mla {
-        let (heads, nope, rope, value, latent, hidden) = (3, 8, 4, 6, 16, 24);
-        let compute = Compute { numerics, ..Compute::REFERENCE };
-        let tensor = |size: &[i64]| Tensor::randn(size, (Kind::Float, tch::Device::Cpu)) * 0.2;
+        random_mla_of([3, 8, 4, 6, 16], Compute { numerics, ..Compute::REFERENCE })
+    }
+
+    fn random_mla_of([heads, nope, rope, value, latent]: [i64; 5], compute: Compute) -> Mla {
+        let hidden = 24;
+        let tensor = |size: &[i64]| {
+            let spread = 0.2 * (24.0 / *size.last().unwrap_or(&24) as f64).sqrt();
+            (Tensor::randn(size, FLOAT) * spread).to_device_(compute.torch_device(), compute.kind(), false, false)
+        };
         let linear = |size: &[i64]| Linear::new(Stored::Plain(Weight::owned(tensor(size))), None, compute);
         let checkpoint_free_norm = RmsNorm::of(Weight::owned(tensor(&[latent])), 1e-6);
         Mla {
@@ -218,7 +253,8 @@ mod tests {
             value,
             latent,
             scale: ((nope + rope) as f64).powf(-0.5),
-            numerics,
+            numerics: compute.numerics,
+            on_gpu: None,
         }
     }
 
@@ -233,7 +269,7 @@ mod tests {
             }
             self.kv_a_proj = linear(&self.kv_a_proj);
             self.o_proj = linear(&self.o_proj);
-            self.kv_a_norm = RmsNorm::of(Weight::owned(self.kv_a_norm.weight().to_kind(compute.kind())), 1e-6);
+            self.kv_a_norm = RmsNorm::of(Weight::owned(self.kv_a_norm.parts().0.to_kind(compute.kind())), 1e-6);
             self.key_up = self.key_up.to_kind(compute.kind());
             self.value_up = self.value_up.to_kind(compute.kind());
         }
@@ -301,7 +337,7 @@ mod tests {
         let x = Tensor::randn([rows, 24], FLOAT);
         let batch = |segments: &[Segment]| Batch::new(segments, &rope, tch::Device::Cpu, Numerics::Fast);
         let together = batch(&segments);
-        let plan = together.plan();
+        let plan = together.plan(false);
         assert!(plan.parts.iter().any(|part| matches!(part, Part::Together { .. })) && plan.order.is_some());
         let together = mla.by_libtorch(0, &x, &together, &cache);
         let mut first = 0;
@@ -354,6 +390,51 @@ mod tests {
                         let alone = mla.by_kernels(0, &x.narrow(0, first, 1), &batch(&[alone]), &cache);
                         assert!(alone.equal(&ours.narrow(0, first, 1)), "{dtype:?}: row {row} of {segment:?}");
                         first += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn kernels_on_a_gpu_compute_what_libtorch_does() {
+        let device = Device::Cuda(0);
+        if let Err(error) = device.open() {
+            println!("not tested without a GPU: {error}");
+            return;
+        }
+        init_thread(1);
+        tch::manual_seed(3);
+        let compute = Compute { device, dtype: Dtype::Bf16, numerics: Numerics::Fast };
+        let gpu = compute.torch_device();
+        for sizes in [[3, 8, 16, 8, 64], [20, 16, 32, 16, 192], [16, 128, 64, 128, 512]] {
+            for interleaved in [true, false] {
+                let mut mla = random_mla_of(sizes, compute);
+                let config = RopeConfig { theta: 1e4, interleaved, scaling: None };
+                let rope = Rope::new(&config, mla.rope as usize, gpu);
+                let size = [64, BLOCK_TOKENS as i64, mla.latent + mla.rope];
+                let seen = (Tensor::randn(size, FLOAT) * 0.5).to_device_(gpu, Kind::BFloat16, false, false);
+                let mut some = step(640);
+                some.push(Segment { rows: 1, start: 1600, blocks: (32..58).rev().collect() });
+                for segments in [&some[..1], &some[5..], &some[..2], &some[..], &some[3..]] {
+                    let rows: i64 = segments.iter().map(|segment| segment.rows as i64).sum();
+                    let x = Tensor::randn([rows, 24], FLOAT).to_device_(gpu, Kind::BFloat16, false, false);
+                    let computed = |mla: &mut Mla, kernels| {
+                        mla.on_gpu = kernels;
+                        let cache = KvCache::of(seen.copy());
+                        let batch = Batch::new(segments, &rope, gpu, Numerics::Fast);
+                        let rows = mla.by_libtorch(0, &x, &batch, &cache).to_kind(Kind::Float);
+                        let cached = cache.layer(0).to_kind(Kind::Float);
+                        [rows, cached]
+                    };
+                    let right = computed(&mut mla, None);
+                    let kernels = Kernels::of(compute, mla.sizes());
+                    assert!(kernels.is_some(), "kernels are there");
+                    let ours = computed(&mut mla, kernels);
+                    for (ours, right) in ours.iter().zip(&right) {
+                        let off = (ours - right).square().mean(Kind::Float) / right.square().mean(Kind::Float);
+                        let off = off.sqrt().double_value(&[]);
+                        assert!(off < 2e-2, "{sizes:?}, {interleaved}, {segments:?}: off by {off}");
                     }
                 }
             }

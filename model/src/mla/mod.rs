@@ -3,7 +3,8 @@
 //! In: normed rows of one or more sequences, and their caches. Out: one row each, to be added to the residual.
 //! Never here: rows of two sequences in one product of scores; a sequence never sees another's keys.
 //!
-//! [`kernels`] computes it on the processor, [`libtorch`] on GPUs; the two are compared with each other.
+//! [`kernels`] computes it on the processor, [`libtorch`] on GPUs, where it leaves few rows to kernels of our own; all are
+//! compared with each other.
 //!
 //! Source: DeepSeek-V2, arXiv 2405.04434, section 2.1 and appendix C; `inference/model.py` of DeepSeek-V3, whose two
 //! forms are kept: `naive` builds keys and values and is the specification, `absorbed` works on the latent itself.
@@ -19,6 +20,7 @@ use crate::{
     checkpoint::{self, Checkpoint},
     config::ModelConfig,
     device::{Compute, Numerics},
+    gpu::attention::{Kernels, Sizes},
     linear::Linear,
     norm::RmsNorm,
     rope::score_factor,
@@ -41,6 +43,8 @@ pub(crate) struct Mla {
     latent: i64,
     scale: f64,
     numerics: Numerics,
+    /// Our own on a GPU, where there are some for these sizes.
+    on_gpu: Option<&'static Kernels>,
 }
 
 /// Queries come from the row itself, or through a latent of their own.
@@ -123,7 +127,13 @@ impl Mla {
             latent: latent as i64,
             scale: ((nope + rope) as f64).powf(-0.5) * score_factor(&config.rope),
             numerics: compute.numerics,
+            on_gpu: Kernels::of(compute, Sizes { heads, nope, rope, latent }),
         })
+    }
+
+    fn sizes(&self) -> Sizes {
+        let [heads, nope, rope, latent] = [self.heads, self.nope, self.rope, self.latent].map(|size| size as usize);
+        Sizes { heads, nope, rope, latent }
     }
 
     /// Rows `[T, D]` to queries `[T, H*(N+R)]`, and to latents and keys `[T, C+R]`.

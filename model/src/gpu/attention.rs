@@ -75,7 +75,6 @@ impl Kernels {
 
     /// Norms the latents of `kv` `[T, C+R]` by `weight` `[C]` and `eps`, turns its keys and those of `q` `[T, H, N+R]`, in place,
     /// by `turns` f32 `[T, 1, R/2, 2]`, and puts latents and keys into rows `slots` `[T]` of `cache` `[., C+R]`.
-    #[expect(clippy::too_many_arguments, reason = "one launch of a kernel")]
     pub(crate) fn remember(
         &self,
         sizes: Sizes,

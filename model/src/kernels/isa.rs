@@ -115,3 +115,50 @@ fn may_use_tiles() -> bool {
 fn may_use_tiles() -> bool {
     false
 }
+
+/// For each loop of the module `portable` beside it: a function that takes the best of three forms that it is compiled in, and one
+/// in `at` that is told which. Rust never contracts or reorders float operations, so the three agree bit for bit.
+macro_rules! by_isa {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?;)*) => {
+        $($(#[$doc])*
+        pub(super) fn $name($($arg: $type),*) $(-> $out)? {
+            at::$name(Isa::best(), $($arg),*)
+        })*
+
+        pub(super) mod at {
+            use super::Isa;
+
+            $(#[allow(unsafe_code)]
+            #[inline]
+            pub(in super::super) fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
+                match isa {
+                    // SAFETY: an `Isa` is only ever one that this processor has, and these have all that the function names.
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { super::avx512::$name($($arg),*) },
+                    // SAFETY: as above.
+                    #[cfg(target_arch = "x86_64")]
+                    Isa::Avx2 => unsafe { super::avx2::$name($($arg),*) },
+                    _ => super::portable::$name($($arg),*),
+                }
+            })*
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        mod avx512 {
+            $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+            pub(super) fn $name($($arg: $type),*) $(-> $out)? {
+                super::portable::$name($($arg),*)
+            })*
+        }
+
+        #[cfg(target_arch = "x86_64")]
+        mod avx2 {
+            $(#[target_feature(enable = "avx2")]
+            pub(super) fn $name($($arg: $type),*) $(-> $out)? {
+                super::portable::$name($($arg),*)
+            })*
+        }
+    };
+}
+
+pub(crate) use by_isa;

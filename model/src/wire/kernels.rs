@@ -6,51 +6,7 @@
 //! float operations, so the three agree bit for bit by construction, and the tests hold them to `reference` beside them.
 
 use super::FP8_MAX;
-use crate::kernels::Isa;
-
-/// For each loop: a function that takes the best of its three forms, and one that is told which.
-macro_rules! by_isa {
-    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?;)*) => {
-        $($(#[$doc])*
-        pub(super) fn $name($($arg: $type),*) $(-> $out)? {
-            at::$name(Isa::best(), $($arg),*)
-        })*
-
-        pub(super) mod at {
-            use super::Isa;
-
-            $(#[allow(unsafe_code)]
-            #[inline]
-            pub(in super::super) fn $name(isa: Isa, $($arg: $type),*) $(-> $out)? {
-                match isa {
-                    // SAFETY: an `Isa` is only ever one that this processor has, and these have all that the function names.
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { super::avx512::$name($($arg),*) },
-                    // SAFETY: as above.
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => unsafe { super::avx2::$name($($arg),*) },
-                    _ => super::portable::$name($($arg),*),
-                }
-            })*
-        }
-
-        #[cfg(target_arch = "x86_64")]
-        mod avx512 {
-            $(#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-            pub(super) fn $name($($arg: $type),*) $(-> $out)? {
-                super::portable::$name($($arg),*)
-            })*
-        }
-
-        #[cfg(target_arch = "x86_64")]
-        mod avx2 {
-            $(#[target_feature(enable = "avx2")]
-            pub(super) fn $name($($arg: $type),*) $(-> $out)? {
-                super::portable::$name($($arg),*)
-            })*
-        }
-    };
-}
+use crate::kernels::{Isa, isa::by_isa};
 
 by_isa! {
     /// f32 to bf16, ties to even; a NaN stays one.

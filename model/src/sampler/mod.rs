@@ -3,6 +3,8 @@
 //! In: one row of logits, the parameters of a request, what it has so far. Out: a token id, and logprobs.
 //! Never here: state between draws. Every draw comes from (seed, position), so any router can continue any stream.
 
+mod masses;
+
 use std::{borrow::Cow, collections::HashMap};
 
 use crate::grammar::Mask;
@@ -72,17 +74,57 @@ pub fn sample(logits: &[f32], params: &SamplingParams, context: Context<'_>) -> 
     if params.temperature == 0.0 {
         return argmax(logits);
     }
-    let candidates = filter(logits, params);
-    let total: f64 = candidates.iter().map(|&(_, mass)| mass).sum();
-    let mut left = uniform(params.seed, context.answer.len() as u64) * total;
-    for &(token, mass) in &candidates {
-        left -= mass;
-        if left < 0.0 {
-            return token;
+    let masses = masses(logits, params);
+    let uniform = uniform(params.seed, context.answer.len() as u64);
+    let drawn = if params.top_k == 0 && params.top_p >= 1.0 {
+        drawn_of_all(&masses, uniform)
+    } else {
+        drawn_of(&filter(&masses, params), uniform)
+    };
+    drawn.unwrap_or_else(|| argmax(logits))
+}
+
+/// Of each token: its probability relative to the most probable one, 0 where that is below `min_p`.
+fn masses(logits: &[f32], params: &SamplingParams) -> Vec<f32> {
+    let mut masses = vec![0.0; logits.len()];
+    masses::of(logits, masses::greatest(logits), params.temperature, params.min_p, &mut masses);
+    masses
+}
+
+/// The token at `uniform` of all mass, tokens in their order.
+fn drawn_of_all(masses: &[f32], uniform: f64) -> Option<u32> {
+    /// Summed up at once, so that only one such run is looked through.
+    const RUN: usize = 512;
+    let sums: Vec<f64> = masses.chunks(RUN).map(masses::sum).collect();
+    let mut left = uniform * sums.iter().sum::<f64>();
+    let mut last = None;
+    for (nth, (run, sum)) in masses.chunks(RUN).zip(sums).enumerate() {
+        if left >= sum {
+            left -= sum;
+            continue;
+        }
+        for (within, mass) in run.iter().enumerate().filter(|(_, mass)| **mass > 0.0) {
+            last = Some((nth * RUN + within) as u32);
+            left -= f64::from(*mass);
+            if left < 0.0 {
+                return last;
+            }
         }
     }
-    // Rounding may leave a crumb past the last candidate.
-    candidates.last().map_or_else(|| argmax(logits), |&(token, _)| token)
+    // Rounding may leave a crumb past the last one.
+    last.or_else(|| masses.iter().rposition(|mass| *mass > 0.0).map(|token| token as u32))
+}
+
+/// The same of `candidates`, in their order.
+fn drawn_of(candidates: &[(u32, f64)], uniform: f64) -> Option<u32> {
+    let mut left = uniform * candidates.iter().map(|&(_, mass)| mass).sum::<f64>();
+    for &(token, mass) in candidates {
+        left -= mass;
+        if left < 0.0 {
+            return Some(token);
+        }
+    }
+    candidates.last().map(|&(token, _)| token)
 }
 
 /// With penalties, biases and without what may not be drawn: a copy only where there is any of it.
@@ -124,16 +166,13 @@ fn restrict(logits: &mut [f32], context: Context<'_>) {
 
 /// The index of the greatest value, the lowest of equals; 0 where none is a number.
 pub fn argmax(values: &[f32]) -> u32 {
-    // Lanes that do not wait for each other become vectors; an index carried along would not.
-    const LANES: usize = 32;
-    let greater = |most: f32, value: f32| if value > most { value } else { most };
-    let (lines, rest) = values.as_chunks::<LANES>();
-    let mut most = [f32::NEG_INFINITY; LANES];
-    for line in lines {
-        most.iter_mut().zip(line).for_each(|(most, value)| *most = greater(*most, *value));
-    }
-    let greatest = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, greater);
-    values.iter().position(|value| *value == greatest).unwrap_or(0) as u32
+    let greatest = masses::greatest(values);
+    // A line is looked through without a way out in its middle, which makes vectors of it.
+    let has = |line: &[f32]| line.iter().fold(false, |any, value| any | (*value == greatest));
+    let line = values.chunks(masses::LINE).position(has).unwrap_or(0);
+    let first = line * masses::LINE;
+    let within = values.get(first..).and_then(|rest| rest.iter().position(|value| *value == greatest));
+    within.map_or(0, |within| first + within) as u32
 }
 
 /// Repetition (CTRL, arXiv 1909.05858, section 4.1), presence and frequency penalties.
@@ -162,39 +201,52 @@ fn penalise(logits: &mut [f32], params: &SamplingParams, context: Context<'_>) {
     }
 }
 
-/// Temperature, then top-k, top-p and min-p: tokens with their unnormalised probabilities, in an order that depends on
-/// the logits alone.
-fn filter(logits: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mass = |logit: f32| f64::from((logit - max) / params.temperature).exp();
-    let floor = f64::from(params.min_p);
+/// Top-k, then top-p: tokens with their masses, in an order that depends on the masses alone.
+fn filter(masses: &[f32], params: &SamplingParams) -> Vec<(u32, f64)> {
+    let (keep, share) = (params.top_k as usize, f64::from(params.top_p));
+    let total = masses::sum(masses);
+    // What is below this is kept by neither, so the sorting is of few: the tail of a vocabulary is long.
+    let least = match keep {
+        // All tokens below together have less than what top-p leaves out.
+        0 => ((1.0 - share) * total / masses.len() as f64) as f32,
+        _ => below_the_kth(masses, keep),
+    };
     let mut candidates: Vec<(u32, f64)> = (0u32..)
-        .zip(logits)
-        .map(|(token, &logit)| (token, mass(logit)))
-        .filter(|&(_, mass)| mass > 0.0 && mass >= floor)
+        .zip(masses)
+        .filter(|&(_, &mass)| mass > 0.0 && mass >= least)
+        .map(|(token, &mass)| (token, f64::from(mass)))
         .collect();
     let by_mass = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    let keep = params.top_k as usize;
     if keep > 0 && keep < candidates.len() {
         candidates.select_nth_unstable_by(keep, by_mass);
         candidates.truncate(keep);
     }
-    if params.top_p < 1.0 {
-        candidates = nucleus(candidates, f64::from(params.top_p), by_mass);
+    if share < 1.0 {
+        let of = if keep == 0 { total } else { candidates.iter().map(|&(_, mass)| mass).sum() };
+        candidates = nucleus(candidates, share * of, by_mass);
     } else if keep > 0 {
         candidates.sort_unstable_by(by_mass);
     }
     candidates
 }
 
-/// The fewest candidates, most probable first, that together have `share` of the mass. A vocabulary's nucleus is small, so
-/// only as many as are needed are sorted: a few at first, then ever more.
+/// A mass that at least `k` tokens reach: so many lines of them have one that does. 0 where there are not so many.
+fn below_the_kth(masses: &[f32], k: usize) -> f32 {
+    let mut lines = vec![0.0; masses.len().div_ceil(masses::LINE)];
+    if k > lines.len() {
+        return 0.0;
+    }
+    masses::greatest_of_lines(masses, &mut lines);
+    *lines.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// The fewest candidates, most probable first, that together have `wanted` of the mass; all where they have less. A vocabulary's
+/// nucleus is small, so only as many as are needed are sorted: a few at first, then ever more.
 fn nucleus(
     mut candidates: Vec<(u32, f64)>,
-    share: f64,
+    wanted: f64,
     by_mass: impl Fn(&(u32, f64), &(u32, f64)) -> std::cmp::Ordering + Copy,
 ) -> Vec<(u32, f64)> {
-    let wanted = share * candidates.iter().map(|&(_, mass)| mass).sum::<f64>();
     let mut sorted = 64;
     loop {
         let all = sorted >= candidates.len();
@@ -245,9 +297,8 @@ pub struct Logprobs<'a> {
 impl<'a> Logprobs<'a> {
     /// Over `logits`, `[vocab_size]`.
     pub fn new(logits: &'a [f32]) -> Self {
-        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
-        Self { logits, log_sum: f64::from(max) + sum.ln() }
+        let most = masses::greatest(logits);
+        Self { logits, log_sum: f64::from(most) + masses::sum_of(logits, most).ln() }
     }
 
     /// Of one token.

@@ -126,7 +126,7 @@ mod tests {
                 let nothing = *mass == 0.0 && (right < f64::from(floor) * 1.000_001 || right < 2e-38);
                 prop_assert!(near || nothing, "{} {}", mass, right);
             }
-            prop_assert_eq!(masses(Isa::Portable), here.clone());
+            prop_assert_eq!(&masses(Isa::Portable), &here);
             let right: f64 = here.iter().map(|mass| f64::from(*mass)).sum();
             prop_assert!((sum(&here) - right).abs() <= 1e-12 * right);
             prop_assert_eq!(sum(&here), at::sum(Isa::Portable, &here));

@@ -171,7 +171,7 @@ impl fmt::Display for Report {
         let limit = self.bandwidth / 1e9;
         writeln!(
             f,
-            "A layer of experts of 3 × {hidden} × {inner} on {DEVICE}, f32 rows in and out, each row through {V2_LITE_TOP}; medians of"
+            "A layer of experts of 3 × {hidden} × {inner} on {DEVICE}, f32 rows in, BF16 out, each row through {V2_LITE_TOP}; medians of"
         )?;
         writeln!(f, "{BATCHES} batches. Copying within its memory reads and writes {limit:.0} GB/s in this run.")?;
         writeln!(

@@ -22,7 +22,7 @@ use conclave_runtime::listen::{self, Listener};
 use conclave_runtime::probes::{Probes, Stage};
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
-use conclave_runtime::tensor_thread::SpawnError;
+use conclave_runtime::tensor_thread::{self, SpawnError};
 use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -215,7 +215,10 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let room = if memory == 0 { "no limit".to_owned() } else { format!("{memory} bytes") };
     tracing::info!(compute = compute.describe(), memory = room, "experts are computed");
     let (checkpoint, identity) = loader::open(&config.model).await?;
-    let model = Model::new(&checkpoint, identity, compute);
+    let opened = Arc::clone(&checkpoint);
+    // On a GPU kernels are compiled for it.
+    let model = tokio::task::spawn_blocking(move || Model::new(&opened, identity, compute)).await;
+    let model = model.map_err(|error| loader::Error::Thread(tensor_thread::Error::Panicked(error.to_string())))?;
     // Beyond this, a start only waits for others.
     probes.set(Stage::Started).await;
     let store = store::connect(&config.store)?;

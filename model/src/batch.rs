@@ -10,12 +10,12 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     cache::{BLOCK_TOKENS, Keys},
     device::Numerics,
-    gpu::attention::Lookup,
+    gpu::attention::{Lookup, SeenRow},
     rope::{Angles, Rope},
     transfer::placed,
 };
 
-/// Sequences with up to this many new rows each are computed together with others of about their length.
+/// Sequences with up to this many new rows each are left to our own kernels, or computed together with others of about their length.
 const ROWS_TOGETHER: usize = 4;
 
 /// A run of rows that belong to one sequence and follow what its blocks hold.
@@ -110,7 +110,7 @@ fn slots(segment: &Segment) -> impl Iterator<Item = usize> + '_ {
     (segment.start..segment.start + segment.rows).map(slot)
 }
 
-/// Few rows over tables of about one length go together, so that a step of many sequences is a handful of products: a
+/// Few rows go through our own kernels, where there are some. Else those over tables of about one length go together, so that a step of many sequences is a handful of products: a
 /// table is padded to at most twice its size. Everything else is computed alone.
 fn divide(segments: &[Segment], device: Device, numerics: Numerics, by_kernels: bool) -> (Vec<Part>, Option<Vec<i64>>) {
     let mut few: Vec<(&Segment, i64)> = Vec::new();
@@ -170,22 +170,16 @@ fn keys(segment: &Segment, device: Device) -> Keys {
     Keys::Table(placed(&blocks, device))
 }
 
-/// Row, table and keys of each row of `few`, with the first row of each.
+/// Of the rows of `few`, which come with the first row of each.
 fn lookup(few: &[(&Segment, i64)], device: Device) -> Lookup {
-    const ENTRY: usize = 3;
-    let rows: usize = few.iter().map(|(segment, _)| segment.rows).sum();
-    let (mut table, mut tables, mut blocks) = (Vec::with_capacity(rows * ENTRY), Vec::new(), 0);
-    for (segment, first) in few {
-        let begins = (rows * ENTRY + tables.len()) as i64;
-        for row in 0..segment.rows as i64 {
-            table.extend([begins, segment.start as i64 + row + 1, first + row]);
-        }
-        let needed = (segment.start + segment.rows).div_ceil(BLOCK_TOKENS);
-        tables.extend(segment.blocks[..needed].iter().map(|&block| i64::from(block)));
-        blocks = blocks.max(needed);
-    }
-    table.extend(tables);
-    Lookup { table: placed(&table, device), rows, blocks }
+    let seen = |(table, (segment, first)): (usize, &(&Segment, i64))| {
+        let (start, first) = (segment.start, *first as usize);
+        (0..segment.rows).map(move |row| SeenRow { table, keys: start + row + 1, row: first + row })
+    };
+    let rows: Vec<SeenRow> = few.iter().enumerate().flat_map(seen).collect();
+    let tables =
+        few.iter().map(|(segment, _)| &segment.blocks[..(segment.start + segment.rows).div_ceil(BLOCK_TOKENS)]);
+    Lookup::new(&rows, &tables.collect::<Vec<_>>(), device)
 }
 
 fn group_of(group: &[(&Segment, i64)], device: Device) -> Part {

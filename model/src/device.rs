@@ -65,7 +65,7 @@ pub enum Numerics {
     /// They may, in the last places.
     Fast,
     /// They do not. Our own kernels on the processor need do nothing for it but leave products of many rows to nobody else;
-    /// on a GPU products run in fixed row tiles, attention row by row.
+    /// on a GPU experts in BF16 go through kernels of our own, other products run in fixed row tiles, attention row by row.
     Reproducible,
 }
 

@@ -8,7 +8,7 @@ use crate::{
     checkpoint::{self, Checkpoint, Stored, Weight},
     compute::{self, Slot},
     config::ModelConfig,
-    device::{Compute, Device},
+    device::{Compute, Device, Numerics},
     gpu::{
         self,
         experts::{Format, Kernels},
@@ -133,7 +133,8 @@ impl Expert {
     /// # Errors
     /// A GPU's kernel could not be launched.
     pub fn forward(&self, rows: &Hidden) -> Result<Hidden, compute::Error> {
-        if let Some((kernels, _)) = self.kernels().filter(|(_, format)| *format != Format::Bf16) {
+        let own_bits = self.compute.numerics == Numerics::Reproducible;
+        if let Some((kernels, _)) = self.kernels().filter(|(_, format)| *format != Format::Bf16 || own_bits) {
             let all: Vec<usize> = (0..rows.rows()).collect();
             return Ok(kernels.forward(rows, &[self], &[all.len()], &all, &all)?);
         }

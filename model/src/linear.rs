@@ -71,9 +71,7 @@ impl Linear {
     /// `weight` where it is to be computed with, in its own format.
     pub(crate) fn as_stored(weight: Stored, compute: Compute) -> Self {
         let weight = weight.on(compute.torch_device());
-        let out = match &weight {
-            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[0],
-        };
+        let [out, _] = weight.size();
         Self { weight, bias: None, out, compute }
     }
 
@@ -107,9 +105,7 @@ impl Linear {
             Stored::Plain(weight) => Stored::Plain(place(weight)),
             fp8 => fp8,
         };
-        let out = match &weight {
-            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[0],
-        };
+        let [out, _] = weight.size();
         // Kernels add it in f32; libtorch wants it as it wants all.
         let bias = bias.map(|bias| match compute.device {
             Device::Cpu => bias.to(Kind::Float, tch::Device::Cpu),
@@ -150,9 +146,7 @@ impl Linear {
 
     /// Columns of its rows.
     pub(crate) fn inner(&self) -> i64 {
-        match &self.weight {
-            Stored::Plain(weight) | Stored::Fp8 { codes: weight, .. } => weight.size()[1],
-        }
+        self.weight.size()[1]
     }
 
     /// Whether products of `rows` rows are left to libtorch, and the weight for them.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use conclave_model::checkpoint::Checkpoint;
+use conclave_model::device::Device;
 use conclave_placement::store::{self, memory::MemoryStore, serve::serve_memory};
 use conclave_placement::view::View;
 use conclave_placement::{Cluster, ClusterState, Keys, RouterId, Store, WorkerId};
@@ -376,12 +377,13 @@ fn specs(
     if let Some(numerics) = args.numerics {
         flag("--numerics", numerics.to_string());
     }
-    // At least one, or the command line would have been refused.
-    let device = |nth: usize| args.device[nth % args.device.len()].to_string();
-    let spec = |name: String, role: Role, program: &Path, listen: &str, device: String, own: Vec<String>| {
+    let device = |nth: usize| args.device.get(nth % args.device.len().max(1)).copied();
+    let spec = |name: String, role: Role, program: &Path, listen: &str, device: Option<Device>, own: Vec<String>| {
         let mut args = shared.clone();
         args.extend(["--id".into(), name.clone().into(), "--listen".into(), listen.into()]);
-        args.extend(["--device".into(), device.into()]);
+        if let Some(device) = device {
+            args.extend(["--device".into(), device.to_string().into()]);
+        }
         args.extend(own.into_iter().map(OsString::from));
         Spec { name, role, program: program.to_owned(), args }
     };

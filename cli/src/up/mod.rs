@@ -46,7 +46,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7400")]
     listen: String,
     /// Where to compute: cpu or cuda:N. Of several, separated by commas, workers take one each in turn, routers the first.
-    #[arg(long, value_name = "DEVICE", value_delimiter = ',', default_value = "cpu")]
+    /// By default what the processes choose.
+    #[arg(long, value_name = "DEVICE", value_delimiter = ',')]
     device: Vec<Device>,
     /// f32 or bf16; by default what the processes choose.
     #[arg(long, value_name = "f32|bf16")]

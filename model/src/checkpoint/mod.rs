@@ -129,7 +129,7 @@ impl Checkpoint {
         let [first, rest @ ..] = layout::expert_weights(layer, expert).map(|name| format(&name));
         let format = first.filter(|_| rest.iter().all(|other| *other == first))?;
         let suits = Kernels::suit(self.config.hidden_size, self.config.moe_intermediate_size, format);
-        Kernels::of(compute).filter(|_| suits).map(|_| format)
+        if suits { Kernels::of(compute).map(|_| format) } else { None }
     }
 
     /// Stored bytes of one routed expert, scales included; 0 for a model without any. All are the same size, give or take

@@ -27,6 +27,13 @@ impl Stored {
         }
     }
 
+    /// `[out, inner]`.
+    pub(crate) fn size(&self) -> [i64; 2] {
+        let (Self::Plain(weight) | Self::Fp8 { codes: weight, .. }) = self;
+        let size = weight.size();
+        [size[0], size[1]]
+    }
+
     /// Another hold on the same memory.
     pub(crate) fn share(&self) -> Self {
         match self {

@@ -1,7 +1,6 @@
 //! What became of one batch. In: values, or rows as a device left them. Out: the same, in whatever form somebody wants. Never
 //! here: a row changed from BF16 and back on its way to the wire.
 
-use half::bf16;
 use half::slice::HalfFloatSliceExt;
 
 use crate::{
@@ -85,9 +84,8 @@ impl Computed {
             (Rows::Bf16(values), Encoding::Bf16) => {
                 out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
             }
-            (Rows::Bf16(values), _) => {
-                let values: Vec<f32> = values.iter().copied().map(bf16::to_f32).collect();
-                wire::encode_rows(values.chunks_exact(hidden.max(1)), hidden, encoding, out, &mut []);
+            (Rows::Bf16(_), _) => {
+                wire::encode_rows(self.to_f32().chunks_exact(hidden.max(1)), hidden, encoding, out, &mut []);
             }
             (Rows::F32(values), _) => {
                 wire::encode_rows(values.chunks_exact(hidden.max(1)), hidden, encoding, out, &mut []);

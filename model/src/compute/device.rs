@@ -63,8 +63,10 @@ fn kernels_for(experts: &[&Expert], counts: &[usize]) -> Option<&'static Kernels
     let any = experts.first()?;
     let (kernels, format) = any.kernels()?;
     let alike = experts.iter().all(|expert| expert.kernels().is_some_and(|(_, other)| other == format));
-    let wanted = any.compute().numerics == Numerics::Reproducible || Kernels::worthwhile(format, counts);
-    (alike && wanted).then_some(kernels)
+    // Groups are of BF16 alone, and rows of them have other bits in other company.
+    let no_groups =
+        any.compute().numerics == Numerics::Reproducible || experts.iter().any(|expert| expert.slot().is_none());
+    (alike && (no_groups || Kernels::beat_groups(counts))).then_some(kernels)
 }
 
 /// Where each batch begins among all, each as long as `len` says.

@@ -41,6 +41,13 @@ pub struct ExpertBatch {
     pub weights: Option<Vec<f32>>,
 }
 
+impl ExpertBatch {
+    fn inconsistent(&self) -> Error {
+        let (hidden, expert_ids, row_ids) = (self.hidden.len(), self.expert_ids.len(), self.row_ids.len());
+        Error::Inconsistent { rows: self.rows, hidden, expert_ids, row_ids }
+    }
+}
+
 /// Why nothing was computed.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum Error {
@@ -79,8 +86,8 @@ pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Ex
     run_by(Way::Best, batches, resident)
 }
 
-/// The same without our kernels on a GPU, which are measured against this and compared with it; in products of groups where
-/// experts lie side by side.
+/// The same with BF16 weights without our kernels on a GPU, which are measured against this and compared with it; in products of
+/// groups where experts lie side by side.
 pub fn run_by_libtorch<'a>(
     batches: &[&ExpertBatch],
     resident: &dyn Fn(u16) -> Option<&'a Expert>,
@@ -105,6 +112,9 @@ fn run_by<'a>(
             .collect());
     };
     let hidden = any.hidden_size();
+    if let Some(batch) = batches.iter().find(|batch| batch.hidden.len() != batch.rows * hidden) {
+        return Err(batch.inconsistent());
+    }
     let by_ours = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
     let outputs = if by_ours && way == Way::Best {
         by_kernels(&experts, batches, hidden)
@@ -123,10 +133,10 @@ impl From<gpu::Error> for Error {
 /// Which rows each expert gets.
 fn plan(batches: &[&ExpertBatch]) -> Result<BTreeMap<u16, Vec<Assignment>>, Error> {
     let mut by_expert: BTreeMap<u16, Vec<Assignment>> = BTreeMap::new();
-    for (batch, ExpertBatch { rows, hidden, expert_ids, row_ids, .. }) in batches.iter().enumerate() {
+    for (batch, given) in batches.iter().enumerate() {
+        let ExpertBatch { rows, expert_ids, row_ids, .. } = given;
         if expert_ids.len() != row_ids.len() || row_ids.iter().any(|&row| row as usize >= *rows) {
-            let (hidden, expert_ids, row_ids) = (hidden.len(), expert_ids.len(), row_ids.len());
-            return Err(Error::Inconsistent { rows: *rows, hidden, expert_ids, row_ids });
+            return Err(given.inconsistent());
         }
         for (index, (&expert, &row)) in expert_ids.iter().zip(row_ids).enumerate() {
             let assignment = Assignment { batch, index, row: row as usize };

@@ -94,14 +94,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// What one row needs: where its table begins in `lookup`, how many keys it sees, and which row of q it is.
+// What one row needs: where its table begins in `lookup`, how many keys it sees, which row of q it is, and which part is its first,
+// if it has more than one span.
 struct Row {
-    i64 table, seen, row;
+    i64 table, seen, row, part;
 };
 
 // Blocks of threads by rows, heads and spans. `queries` [heads, rows, latent] are those of latents, q as above. Into `out`
-// [heads, rows, latent], or for rows of more than one span into `parts` [spans, rows, heads, latent] and `stats`
-// [spans, rows, heads]: sums not divided yet, greatest score and sum of weights.
+// [heads, rows, latent], or for each span of rows of more than one into `parts` [., heads, latent] and `stats` [., heads]: sums not
+// divided yet, greatest score and sum of weights.
 extern "C" __global__ void __launch_bounds__(THREADS)
     attend(const bf16 *queries, const bf16 *q, const bf16 *cache, const i64 *lookup, bf16 *out, float *parts, float2 *stats,
            float scale, int heads, int nope, int rope, int latent) {
@@ -220,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const int head = group + 8 * half;
         const i64 h = first_head + head;
         if (h >= heads) continue;
-        const i64 place = ((i64)span * rows + nth) * heads + h;
+        const i64 place = (row.part + span) * heads + h;
         if (!whole && warp == 0 && quarter == 0) stats[place] = make_float2(largest[head], total[head]);
 #pragma unroll
         for (int tile = 0; tile < MOST_TILES; tile++) {
@@ -243,18 +244,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine(const i64 *lookup, const float *parts, const float2 *stats, bf16 *out, int latent) {
     const int rows = gridDim.x, nth = blockIdx.x, heads = gridDim.y, h = blockIdx.y;
-    const int blocks = (int)((((const Row *)lookup)[nth].seen + TOKENS - 1) / TOKENS), spans = (blocks + SPAN - 1) / SPAN;
+    const Row row = ((const Row *)lookup)[nth];
+    const int blocks = (int)((row.seen + TOKENS - 1) / TOKENS), spans = (blocks + SPAN - 1) / SPAN;
     if (spans < 2) return;
     float most = __int_as_float(0xff800000), total = 0.0f;
-    for (int span = 0; span < spans; span++) most = fmaxf(most, stats[((i64)span * rows + nth) * heads + h].x);
+    for (int span = 0; span < spans; span++) most = fmaxf(most, stats[(row.part + span) * heads + h].x);
     for (int span = 0; span < spans; span++) {
-        const float2 of = stats[((i64)span * rows + nth) * heads + h];
+        const float2 of = stats[(row.part + span) * heads + h];
         total += expf(of.x - most) * of.y;
     }
     for (int n = threadIdx.x; n < latent; n += THREADS) {
         float sum = 0.0f;
         for (int span = 0; span < spans; span++) {
-            const i64 place = ((i64)span * rows + nth) * heads + h;
+            const i64 place = (row.part + span) * heads + h;
             sum += expf(stats[place].x - most) * parts[place * latent + n];
         }
         out[((i64)h * rows + nth) * latent + n] = rounded(sum / total);

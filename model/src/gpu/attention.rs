@@ -6,7 +6,7 @@
 use tch::{Kind, Tensor};
 
 use super::{Error, Kernel, Module, PerGpu, argument};
-use crate::{cache::BLOCK_TOKENS, device::Compute};
+use crate::{cache::BLOCK_TOKENS, device::Compute, transfer::placed};
 
 /// Heads of a block of threads, and blocks of the cache that it goes through: as the kernels'.
 const HEADS: usize = 16;
@@ -29,12 +29,45 @@ pub(crate) struct Sizes {
 /// The rows that are computed, as kernels look them up.
 #[derive(Debug)]
 pub(crate) struct Lookup {
-    /// On the GPU: for each row where its table begins here, how many keys it sees, and which row of the pass it is; then the
-    /// tables.
-    pub(crate) table: Tensor,
-    pub(crate) rows: usize,
-    /// Blocks of the longest table.
-    pub(crate) blocks: usize,
+    /// On the GPU, i64: as the kernels' `Row`, for each; then the tables.
+    table: Tensor,
+    rows: usize,
+    /// Of the longest table.
+    spans: usize,
+    /// Spans of all rows that have more than one.
+    parts: usize,
+}
+
+impl Lookup {
+    /// Of rows that see so many keys by a table each, told by the nth of `tables`, and that are such rows of the pass.
+    pub(crate) fn new(rows: &[SeenRow], tables: &[&[u32]], device: tch::Device) -> Self {
+        /// Numbers of a row.
+        const ROW: usize = 4;
+        let mut begins = rows.len() * ROW;
+        let mut first_of = |table: &&[u32]| {
+            let first = begins;
+            begins += table.len();
+            first
+        };
+        let firsts: Vec<usize> = tables.iter().map(&mut first_of).collect();
+        let (mut numbers, mut spans, mut parts) = (Vec::with_capacity(begins), 0, 0);
+        for SeenRow { table, keys, row } in rows {
+            numbers.extend([firsts[*table], *keys, *row, parts].map(|number| number as i64));
+            let own = keys.div_ceil(BLOCK_TOKENS).div_ceil(SPAN);
+            spans = spans.max(own);
+            parts += if own > 1 { own } else { 0 };
+        }
+        numbers.extend(tables.iter().copied().flatten().map(|&block| i64::from(block)));
+        Self { table: placed(&numbers, device), rows: rows.len(), spans, parts }
+    }
+}
+
+/// One row of a [`Lookup`].
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SeenRow {
+    pub(crate) table: usize,
+    pub(crate) keys: usize,
+    pub(crate) row: usize,
 }
 
 /// The kernels of one GPU.
@@ -61,10 +94,7 @@ impl Kernels {
     }
 
     fn compile(index: usize) -> Result<Self, Error> {
-        let source = concat!(include_str!("attention.cu"), "\0");
-        // The line above ends with the only zero there is.
-        let source = std::ffi::CStr::from_bytes_with_nul(source.as_bytes()).unwrap_or(c"");
-        let module = Module::compile(index, c"attention.cu", source)?;
+        let module = Module::compile(index, "attention.cu", include_str!("attention.cu"))?;
         Ok(Self {
             remember: module.kernel(c"remember")?,
             attend: module.kernel_with_shared(c"attend", MOST_SHARED)?,
@@ -96,6 +126,7 @@ impl Kernels {
             assert!(tensor.is_contiguous() && tensor.kind() == kind && tensor.numel() == values, "{tensor:?}");
         }
         assert!(cache.is_contiguous() && cache.kind() == Kind::BFloat16);
+        assert_eq!(cache.size().last(), Some(&((latent + rope) as i64)));
         let mut pointers = [q, kv, weight, turns, slots, cache].map(Tensor::data_ptr);
         let mut eps = eps;
         let mut numbers = [heads, nope, rope, latent, usize::from(interleaved)].map(|number| number as i32);
@@ -119,13 +150,13 @@ impl Kernels {
         let Sizes { heads, nope, rope, latent } = sizes;
         let rows = lookup.rows;
         assert!(queries.is_contiguous() && queries.numel() == heads * rows * latent, "{queries:?}");
+        assert!(q.numel() >= rows * heads * (nope + rope) && cache.size().last() == Some(&((latent + rope) as i64)));
         assert!([queries, q, cache].iter().all(|tensor| tensor.kind() == Kind::BFloat16 && tensor.is_contiguous()));
         let out = queries.empty_like();
-        let spans = lookup.blocks.div_ceil(SPAN);
-        // Needed where there are several.
-        let (apart, float) = (if spans > 1 { spans * rows * heads } else { 0 }, (Kind::Float, q.device()));
-        let parts = Tensor::empty([apart as i64, latent as i64], float);
-        let stats = Tensor::empty([apart as i64, 2], float);
+        let spans = lookup.spans;
+        let (apart, float) = ((lookup.parts * heads) as i64, (Kind::Float, q.device()));
+        let parts = Tensor::empty([apart, latent as i64], float);
+        let stats = Tensor::empty([apart, 2], float);
         let mut pointers = [queries, q, cache, &lookup.table, &out, &parts, &stats].map(Tensor::data_ptr);
         let mut scale = scale as f32;
         let mut numbers = [heads, nope, rope, latent].map(|number| number as i32);
@@ -149,4 +180,24 @@ impl Kernels {
 fn shared_bytes(Sizes { rope, latent, .. }: Sizes) -> usize {
     let line = latent + rope + 8;
     2 * (BLOCK_TOKENS + HEADS) * line + 2 * HEADS * (BLOCK_TOKENS + 8) + 4 * HEADS * (BLOCK_TOKENS + 3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lookup_tells_each_row_its_table_its_keys_and_where_its_spans_go() {
+        let (long, short): (Vec<u32>, Vec<u32>) = ((0..17).rev().collect(), vec![40]);
+        // 17 blocks are 3 spans, 8 blocks are one.
+        let rows = [(1, 30, 0), (0, 1030, 1), (0, 512, 2), (0, 1031, 3), (0, 513, 5)];
+        let rows = rows.map(|(table, keys, row)| SeenRow { table, keys, row });
+        let lookup = Lookup::new(&rows, &[&long, &short], tch::Device::Cpu);
+        assert_eq!((lookup.rows, lookup.spans, lookup.parts), (5, 3, 3 + 3 + 2));
+        let numbers = Vec::<i64>::try_from(&lookup.table).expect("i64");
+        let (rows, tables) = numbers.split_at(5 * 4);
+        let expected = [[37, 30, 0, 0], [20, 1030, 1, 0], [20, 512, 2, 3], [20, 1031, 3, 3], [20, 513, 5, 6]];
+        assert_eq!(rows, expected.as_flattened());
+        assert_eq!(tables, [long, short].concat().into_iter().map(i64::from).collect::<Vec<_>>());
+    }
 }

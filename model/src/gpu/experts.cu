@@ -140,7 +140,7 @@ __device__ void products(const char *const (&weights)[MATRICES], const float *co
                              x[tile][2 * step], x[tile][2 * step + 1]);
                 if (FP8)
 #pragma unroll
-                    for (int n = 0; n < 4; n++) sums[m][tile][n] += scale * part[n];
+                    for (int n = 0; n < 4; n++) sums[m][tile][n] = __fmaf_rn(scale, part[n], sums[m][tile][n]);
             }
         }
     }

@@ -19,7 +19,7 @@ const OUTS: usize = 16;
 const ALIGNED: usize = 16;
 /// A warp's step along the inner dimension has one scale.
 const STEP: usize = 64;
-/// From this many rows of one expert on, libtorch's products of BF16 cost less.
+/// From this many rows of one expert on, libtorch's products of groups cost less.
 const MOST_ROWS: usize = 32;
 
 /// How weights are stored.
@@ -64,10 +64,7 @@ impl Kernels {
     }
 
     fn compile(index: usize) -> Result<Self, Error> {
-        let source = concat!(include_str!("experts.cu"), "\0");
-        // The line above ends with the only zero there is.
-        let source = std::ffi::CStr::from_bytes_with_nul(source.as_bytes()).unwrap_or(c"");
-        let module = Module::compile(index, c"experts.cu", source)?;
+        let module = Module::compile(index, "experts.cu", include_str!("experts.cu"))?;
         let pair = |gate_and_up, down| -> Result<Pair, Error> {
             Ok(Pair { gate_and_up: module.kernel(gate_and_up)?, down: module.kernel(down)? })
         };
@@ -86,13 +83,16 @@ impl Kernels {
 
     /// Whether experts of these sizes can be computed.
     pub(crate) fn suit(hidden: usize, inner: usize, format: Format) -> bool {
-        let sizes = hidden.is_multiple_of(ALIGNED) && inner.is_multiple_of(ALIGNED);
-        sizes && matches!(format, Format::Bf16 | Format::Fp8 { block: 1.. } if format.one_scale_a_step())
+        let one_scale_a_step = match format {
+            Format::Bf16 => true,
+            Format::Fp8 { block } => block > 0 && block.is_multiple_of(STEP),
+        };
+        one_scale_a_step && hidden.is_multiple_of(ALIGNED) && inner.is_multiple_of(ALIGNED)
     }
 
-    /// Whether they are the quicker way for `counts` rows an expert, or the only one.
-    pub(crate) fn worthwhile(format: Format, counts: &[usize]) -> bool {
-        format != Format::Bf16 || counts.iter().all(|count| *count < MOST_ROWS)
+    /// Whether products of groups would be slower for `counts` rows an expert.
+    pub(crate) fn beat_groups(counts: &[usize]) -> bool {
+        counts.iter().all(|count| *count < MOST_ROWS)
     }
 
     /// Rows `order` of `rows` `[n, D]` through `experts`, the first `counts[0]` of them through the first and so on; result
@@ -112,6 +112,9 @@ impl Kernels {
         };
         assert!(parts.len() == experts.len() && parts.as_flattened().iter().all(|part| part.format == format));
         let (hidden, inner) = (any.hidden_size(), any.inner_size());
+        if assignments == 0 {
+            return Ok(rows.run(0, 0));
+        }
         assert!(experts.iter().all(|expert| (expert.hidden_size(), expert.inner_size()) == (hidden, inner)));
         assert!(Self::suit(hidden, inner, format) && rows.0.kind() == Kind::BFloat16 && rows.0.is_contiguous());
         assert!(order.iter().all(|row| *row < rows.rows()) && places.iter().all(|place| *place < assignments));
@@ -162,15 +165,6 @@ impl Kernels {
         launch(pair.gate_and_up, inner, &rows.0, order_at, &between)?;
         launch(pair.down, hidden, &between, places_at, &y)?;
         Ok(Hidden(y))
-    }
-}
-
-impl Format {
-    fn one_scale_a_step(self) -> bool {
-        match self {
-            Self::Bf16 => true,
-            Self::Fp8 { block } => block.is_multiple_of(STEP),
-        }
     }
 }
 

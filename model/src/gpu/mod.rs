@@ -122,7 +122,7 @@ unsafe impl Sync for Kernel {}
 
 impl Module {
     /// Compiles `source`, called `name`, for GPU `index`, which [is open](crate::device::Device::open).
-    pub(crate) fn compile(index: usize, name: &CStr, source: &CStr) -> Result<Self, Error> {
+    pub(crate) fn compile(index: usize, name: &str, source: &str) -> Result<Self, Error> {
         let gpu = c_int::try_from(index).unwrap_or(c_int::MAX);
         // SAFETY: libtorch's own library, found on this binary's run path and meant to be opened. The process's own symbols
         // are searched too, among them those of the CUDA runtime, which were loaded with RTLD_GLOBAL. The signatures are those
@@ -218,7 +218,9 @@ impl Module {
 ///
 /// # Safety
 /// `library` is, or leads to, an NVRTC of version 11.1 or later.
-unsafe fn compiled(library: &Library, name: &CStr, source: &CStr, architecture: &str) -> Result<Vec<u8>, Error> {
+unsafe fn compiled(library: &Library, name: &str, source: &str, architecture: &str) -> Result<Vec<u8>, Error> {
+    // What holds a zero is told by the compiler: it gets nothing of it.
+    let [name, source] = [name, source].map(|text| CString::new(text).unwrap_or_default());
     type Program = *mut c_void;
     type Strings = *const *const c_char;
     type Size = unsafe extern "C" fn(Program, *mut usize) -> c_int;

@@ -1,6 +1,7 @@
-//! Attention in libtorch's words: what computes it on GPUs, and what the kernels are compared with.
+//! Attention in libtorch's words: what computes it on GPUs, but for what kernels of our own do there, and what all kernels are
+//! compared with.
 //!
-//! In: normed rows and their sequences' parts. Out: one row each. Never here: a kernel of ours.
+//! In: normed rows and their sequences' parts. Out: one row each. Never here: how a kernel does it.
 
 use tch::{Kind, Tensor};
 
@@ -57,11 +58,12 @@ impl Mla {
                 self.alone(&rows_of(&q_nope), &rows_of(&q_pe), *before, &Lookup { cache, layer, keys })
             }
         };
-        let mut out = Tensor::cat(&parts.iter().map(part).collect::<Vec<_>>(), 0); // [T, H, V]
+        let mut each: Vec<Tensor> = parts.iter().map(part).collect();
+        let mut out = if each.len() == 1 { each.swap_remove(0) } else { Tensor::cat(&each, 0) }; // [T, H, V]
         if let Some(order) = order {
             out = out.index_select(0, order);
         }
-        self.o_proj.forward(&out.view([rows, self.heads * self.value]))
+        self.o_proj.forward(&out.reshape([rows, self.heads * self.value]))
     }
 
     /// T rows of one sequence that follow `before` others: `[T, H, N]`, `[T, H, R]` to `[T, H, V]`.

@@ -47,9 +47,7 @@ impl SamplingParams {
             logit_bias: Vec::new(),
         }
     }
-}
 
-impl SamplingParams {
     fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }

@@ -46,3 +46,34 @@ impl Held {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use conclave_model::checkpoint::Checkpoint;
+    use conclave_model::device::Compute;
+
+    use super::*;
+
+    #[test]
+    fn a_layer_is_laid_out_once_after_experts_came_and_at_once_when_one_goes() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/moonlight");
+        let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
+        let load = |id: u16| Expert::load(&checkpoint, 1, id.into(), Compute::REFERENCE).unwrap();
+        let mut held = Held::default();
+        [3, 1].into_iter().for_each(|id| held.insert(1, id, load(id)));
+        assert!(held.get(1, 1).is_some() && held.get(1, 2).is_none() && held.get(2, 1).is_none());
+        assert!(held.changed.contains(&1), "nobody has asked for the layer so far");
+        held.lay_out(1);
+        assert!(held.changed.is_empty());
+
+        held.remove(1, 7);
+        assert!(held.changed.is_empty(), "nobody has gone");
+        held.remove(1, 3);
+        assert!(held.get(1, 3).is_none() && held.get(1, 1).is_some());
+        assert!(held.changed.is_empty(), "it was laid out anew");
+        held.insert(1, 3, load(3));
+        held.remove(1, 3);
+        held.remove(1, 1);
+        assert!(held.layers.is_empty() && held.changed.is_empty(), "nothing is left of it");
+    }
+}

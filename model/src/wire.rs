@@ -179,6 +179,11 @@ pub fn all_finite(rows: &[f32]) -> bool {
     kernels::all_finite(rows)
 }
 
+/// The same of BF16, as it travels.
+pub(crate) fn bf16_all_finite(bytes: &[[u8; 2]]) -> bool {
+    kernels::bf16_all_finite(bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -1,8 +1,6 @@
 //! What became of one batch. In: values, or rows as a device left them. Out: the same, in whatever form somebody wants. Never
 //! here: a row changed from BF16 and back on its way to the wire.
 
-use half::slice::HalfFloatSliceExt;
-
 use crate::{
     hidden::Hidden,
     kernels::{Isa, Rows, tensor},
@@ -71,10 +69,7 @@ impl Computed {
     pub fn all_finite(&self) -> bool {
         match self.as_rows() {
             Rows::F32(values) => wire::all_finite(values),
-            // Without a way out in the middle it is done with vectors.
-            Rows::Bf16(values) => {
-                values.reinterpret_cast().iter().fold(true, |all, bits| all & (bits & 0x7f80 != 0x7f80))
-            }
+            Rows::Bf16(values) => wire::bf16_all_finite(tensor::bytes_of_each(values)),
         }
     }
 
@@ -82,7 +77,7 @@ impl Computed {
     pub fn encode(&self, hidden: usize, encoding: Encoding, out: &mut [u8]) {
         match (self.as_rows(), encoding) {
             (Rows::Bf16(values), Encoding::Bf16) => {
-                out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+                out.copy_from_slice(tensor::bytes_of_each(values).as_flattened());
             }
             (Rows::Bf16(_), _) => {
                 wire::encode_rows(self.to_f32().chunks_exact(hidden.max(1)), hidden, encoding, out, &mut []);

@@ -5,15 +5,7 @@
 // `attend` takes a row, 16 heads and a span of the cache: it reads each block of 64 tokens once, in place, whatever the order of
 // the row's table, and keeps the softmax running (FlashAttention, arXiv 2205.14135, section 3.1). `combine` adds up the spans of
 // long contexts. Sums are f32. A row's spans begin where its own context says, so its bits depend on no other row.
-//
-// Compiled when a program starts, for the GPU that is there: no header is at hand.
 
-typedef unsigned int u32;
-typedef unsigned short bf16;
-typedef long long i64;
-
-constexpr int WARPS = 8;
-constexpr int THREADS = 32 * WARPS;
 // Of a block of the cache, and of a block of threads.
 constexpr int TOKENS = 64;
 constexpr int HEADS = 16;
@@ -25,12 +17,6 @@ constexpr int GAP = 8;
 constexpr int MOST_TILES = 8;
 
 __device__ inline float widened(bf16 value) { return __uint_as_float((u32)value << 16); }
-
-__device__ inline bf16 rounded(float value) {
-    bf16 r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(value));
-    return r;
-}
 
 __device__ inline u32 address(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
 
@@ -47,12 +33,6 @@ __device__ inline void load_4(u32 (&r)[4], const void *line) {
 __device__ inline void load_4_turned(u32 (&r)[4], const void *line) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(line)) : "memory");
-}
-
-__device__ inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // Turns the pair `nth` of `from` [rope] by (cosine, sine); the result goes to the same places of `to`.

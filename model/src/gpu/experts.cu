@@ -8,12 +8,6 @@
 // Tensor cores take fragments of 16 x 16 weights and 16 x 8 rows (mma.m16n8k16, PTX ISA section 9.7.14). Which inner index a
 // place in a fragment stands for is free as long as both sides agree, so each thread reads 16 bytes that lie side by side, of
 // its weights and of its row alike, and nothing goes through shared memory on the way.
-//
-// Compiled when a program starts, for the GPU that is there: no header is at hand.
-
-typedef unsigned int u32;
-typedef unsigned short bf16;
-typedef long long i64;
 
 // One expert with rows, as the host lays it out.
 struct Group {
@@ -22,7 +16,6 @@ struct Group {
     i64 first, count;
 };
 
-constexpr int WARPS = 8;
 constexpr int OUTS = 16;
 constexpr int ROWS = 8;
 constexpr int FRAGMENT = OUTS * ROWS;
@@ -39,12 +32,6 @@ __device__ inline uint4 shared_by_all(const void *from) {
     uint4 v;
     asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
     return v;
-}
-
-__device__ inline void multiply(float (&sum)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Two E4M3 codes, each the low byte of a half, to two BF16. Sign, exponent and mantissa move to their places; the exponent is
@@ -73,12 +60,6 @@ template <> struct Pairs<true> {
         }
     }
 };
-
-__device__ inline bf16 rounded(float value) {
-    bf16 r;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(value));
-    return r;
-}
 
 // MATRICES weights [outs, inner], from output `out` on, by the rows of this thread's columns. Both of 2 go through the same
 // rows: silu(first) * second; 1 is left as it is. Row n of the block's goes to `to[n]`, if there is one.
@@ -135,9 +116,10 @@ __device__ void products(const char *const (&weights)[MATRICES], const float *co
                 float part[4] = {0.0f, 0.0f, 0.0f, 0.0f};
                 float(&sum)[4] = FP8 ? part : sums[m][tile];
 #pragma unroll
-                for (int step = 0; step < STEPS; step++)
-                    multiply(sum, low.pair[2 * step], high.pair[2 * step], low.pair[2 * step + 1], high.pair[2 * step + 1],
-                             x[tile][2 * step], x[tile][2 * step + 1]);
+                for (int step = 0; step < STEPS; step++) {
+                    const u32 a[4] = {low.pair[2 * step], high.pair[2 * step], low.pair[2 * step + 1], high.pair[2 * step + 1]};
+                    multiply(sum, a, x[tile][2 * step], x[tile][2 * step + 1]);
+                }
                 if (FP8)
 #pragma unroll
                     for (int n = 0; n < 4; n++) sums[m][tile][n] = __fmaf_rn(scale, part[n], sums[m][tile][n]);
@@ -154,7 +136,7 @@ __device__ void products(const char *const (&weights)[MATRICES], const float *co
             for (int n = 0; n < 4; n++)
                 parts[warp][m][tile][(2 * quarter + n % 2) * OUTS + 8 * (n / 2) + group] = sums[m][tile][n];
     __syncthreads();
-    for (int place = threadIdx.x; place < TILES * FRAGMENT; place += WARPS * 32) {
+    for (int place = threadIdx.x; place < TILES * FRAGMENT; place += THREADS) {
         const int tile = place / FRAGMENT, within = place % FRAGMENT, o = out + within % OUTS;
         bf16 *line = to(tile * ROWS + within / OUTS);
         if (!line || o >= outs) continue;
@@ -195,11 +177,11 @@ __device__ void down(const Group *groups, const bf16 *between, const i64 *places
 }
 
 #define KERNELS(FORMAT, FP8, TILES)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) gate_and_up_##FORMAT##_##TILES(                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) gate_and_up_##FORMAT##_##TILES(                                      \
         const Group *groups, const bf16 *x, const i64 *order, bf16 *between, int hidden, int inner, int scale_block) {         \
         gate_and_up<FP8, TILES>(groups, x, order, between, hidden, inner, scale_block);                                        \
     }                                                                                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) down_##FORMAT##_##TILES(                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS) down_##FORMAT##_##TILES(                                             \
         const Group *groups, const bf16 *between, const i64 *places, bf16 *y, int hidden, int inner, int scale_block) {        \
         down<FP8, TILES>(groups, between, places, y, hidden, inner, scale_block);                                              \
     }

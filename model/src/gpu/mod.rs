@@ -26,7 +26,7 @@ use crate::device::{Compute, Device, Dtype};
 const CAPABILITY: [c_int; 2] = [75, 76];
 /// BF16 in tensor cores.
 const LEAST_CAPABILITY: c_int = 8;
-/// Threads of one block; as the kernels' `WARPS`.
+/// Threads of one block; as in `common.cu`.
 const THREADS: c_uint = 256;
 
 /// Why there are no kernels.
@@ -121,7 +121,7 @@ unsafe impl Send for Kernel {}
 unsafe impl Sync for Kernel {}
 
 impl Module {
-    /// Compiles `source`, called `name`, for GPU `index`, which [is open](crate::device::Device::open).
+    /// Compiles `source`, called `name`, with what all share before it, for GPU `index`, which [is open](crate::device::Device::open).
     pub(crate) fn compile(index: usize, name: &str, source: &str) -> Result<Self, Error> {
         let gpu = c_int::try_from(index).unwrap_or(c_int::MAX);
         // SAFETY: libtorch's own library, found on this binary's run path and meant to be opened. The process's own symbols
@@ -143,7 +143,8 @@ impl Module {
                 return Err(Error::TooOld(major, minor));
             }
             let launch = *library.get::<Launch>(b"cuLaunchKernel\0")?;
-            let binary = compiled(&library, name, source, &format!("sm_{major}{minor}"))?;
+            let source = format!("{}{source}", include_str!("common.cu"));
+            let binary = compiled(&library, name, &source, &format!("sm_{major}{minor}"))?;
             let load =
                 library.get::<unsafe extern "C" fn(*mut *mut c_void, *const c_void) -> c_int>(b"cuModuleLoadData\0")?;
             let mut module = ptr::null_mut();

@@ -21,6 +21,12 @@ pub(crate) fn bytes(tensor: &Tensor) -> &[u8] {
     slice(tensor, Kind::Uint8)
 }
 
+/// BF16 values as two bytes each, in memory's order: that of the wire, as of the files that tensors are mapped from.
+pub(crate) fn bytes_of_each(values: &[bf16]) -> &[[u8; 2]] {
+    // SAFETY: a `bf16` is two bytes without a gap, any of which is a `u8`, and those need no alignment.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+
 /// The values of a tensor in a format that models compute in.
 pub(crate) fn rows(tensor: &Tensor) -> Rows<'_> {
     match tensor.kind() {

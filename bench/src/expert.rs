@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use conclave_model::checkpoint::Checkpoint;
@@ -26,7 +26,9 @@ const EXPERTS: usize = 72;
 const THREADS: usize = 2;
 /// Calls of one side before it is the other's turn: each gets the machine to itself.
 const CALLS_A_TURN: usize = 12;
-const UNCOUNTED: usize = 3;
+/// And how long its first calls are not counted: a size's kernels are chosen and memory is had, and the other side's threads
+/// spin on for some milliseconds, during which the faster has more calls.
+const UNCOUNTED: Duration = Duration::from_millis(20);
 
 #[derive(Debug)]
 pub(crate) struct Report {
@@ -87,28 +89,37 @@ fn in_turns(folder: &Path, weights: Weights) -> anyhow::Result<Vec<Case>> {
         let [mut ours_turn, mut libtorch_turn] =
             [0, experts.len() / 2].map(|first| (first..).map(|n| n % experts.len()));
         for _ in 0..calls.div_ceil(CALLS_A_TURN) {
-            // The first calls of a turn are not counted: a size's kernels are chosen and memory is had, and the other side's
-            // threads spin on for a while.
-            for call_number in 0..CALLS_A_TURN + UNCOUNTED {
-                let Some(expert) = ours_turn.next() else { break };
-                let began = Instant::now();
+            turn(&mut ours, &mut ours_turn, |expert| {
                 std::hint::black_box(call(&experts[expert].0, &batch)?);
-                if call_number >= UNCOUNTED {
-                    ours.push_us(began.elapsed());
-                }
-            }
-            for call_number in 0..CALLS_A_TURN + UNCOUNTED {
-                let Some(expert) = libtorch_turn.next() else { break };
-                let began = Instant::now();
+                Ok(())
+            })?;
+            turn(&mut libtorch, &mut libtorch_turn, |expert| {
                 std::hint::black_box(experts[expert].1.forward(&plain_rows));
-                if call_number >= UNCOUNTED {
-                    libtorch.push_us(began.elapsed());
-                }
-            }
+                Ok(())
+            })?;
         }
         cases.push(Case { weights, bytes: checkpoint.expert_bytes(), rows, ours, libtorch });
     }
     Ok(cases)
+}
+
+/// Some calls of one side, on one expert after the other.
+fn turn(
+    side: &mut Samples,
+    experts: &mut impl Iterator<Item = usize>,
+    mut call: impl FnMut(usize) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let (turn, mut counted) = (Instant::now(), 0);
+    while counted < CALLS_A_TURN {
+        let expert = experts.next().context("experts go round")?;
+        let began = Instant::now();
+        call(expert)?;
+        if began.duration_since(turn) >= UNCOUNTED {
+            side.push_us(began.elapsed());
+            counted += 1;
+        }
+    }
+    Ok(())
 }
 
 /// All rows through one expert.

@@ -15,7 +15,7 @@ use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{Format, Memory, Operand, Rows, Source, TILE_ROWS, round, widen},
+    operand::{Format, Memory, Operand, Order, Rows, Source, TILE_ROWS, round, widen},
     product::{STRIP, with_scratch},
     rowwise::{self, COLUMNS, Columns},
     team,
@@ -301,7 +301,7 @@ impl BlockValues {
             },
             format => Self::Lanes {
                 keys: Box::new([[0.0; COLUMNS]; BLOCK_TOKENS]),
-                rounded: !matches!(format, Format::Lanes { rounded: false }),
+                rounded: !matches!(format, Format::Lanes { rounded: false, .. }),
             },
         }
     }
@@ -369,7 +369,9 @@ impl<'a> Blocks<'a> {
     fn format(&self, isa: Isa, shape: Shape) -> Format {
         let example = Matrix { values: self.block(shape.width, 0), out: BLOCK_TOKENS, inner: shape.width };
         match Format::of(isa, self.dtype(), &example) {
-            Format::Tiles if !shape.latent.is_multiple_of(TILE_ROWS) => Format::Lanes { rounded: true },
+            Format::Tiles if !shape.latent.is_multiple_of(TILE_ROWS) => {
+                Format::Lanes { rounded: true, order: Order::Halves }
+            }
             format => format,
         }
     }

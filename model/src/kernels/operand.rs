@@ -11,6 +11,7 @@ use half::bf16;
 
 use super::{
     isa::Isa,
+    lanes,
     matrix::{Matrix, Values},
     rowwise, team,
 };
@@ -26,14 +27,31 @@ const ROWS_FOR_TEAM: usize = 64;
 /// How rows lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
-    /// f32 `[T, inner]`; rounded to BF16 first where the model computes in that.
-    Lanes { rounded: bool },
+    /// f32 `[T, inner]`, rows padded with zeros; rounded to BF16 first where the model computes in that.
+    Lanes { rounded: bool, order: Order },
     /// BF16 `[T, inner]`, rows padded with zeros to whole steps.
     Pairs,
     /// BF16 `[ceil(T / columns), steps, 16, columns, 2]`: what AMX wants of a right-hand side, pairs of the inner dimension
     /// from top to bottom, rows from left to right. `columns` is 16, or T where that is less.
     Tiles,
 }
+
+/// In which order the values of a row lie in lanes: as vectors of 32-bit words take a stored weight apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// One a word: places 0, 1, 2, ...
+    Plain,
+    /// Two a word, BF16: of every 32 places 0, 2, 4, ..., then 1, 3, 5, ...
+    Halves,
+    /// Four a word, FP8: of every 64 places 0, 4, 8, ..., then 1, 5, 9, ..., and so on; and [`FOR_CODES`] times as large.
+    Quarters,
+}
+
+/// Words of one vector.
+pub(super) const LANES: usize = 16;
+/// How many times larger values are that meet codes of FP8, for those may come far too small, and products must not be. A power of
+/// two, so that nothing is rounded.
+pub(super) const FOR_CODES: f32 = (1u128 << 64) as f32;
 
 impl Format {
     /// The one to multiply `matrix` with, on `isa`, for a model that computes in `dtype`.
@@ -46,7 +64,14 @@ impl Format {
         match (dtype, isa) {
             (Dtype::Bf16, Isa::Amx) if whole_steps => Self::Tiles,
             (Dtype::Bf16, Isa::Amx | Isa::Avx512Bf16) if whole_steps => Self::Pairs,
-            (dtype, _) => Self::Lanes { rounded: dtype == Dtype::Bf16 },
+            (dtype, _) => Self::Lanes {
+                rounded: dtype == Dtype::Bf16,
+                order: match matrix.values {
+                    Values::Bf16(_) => Order::Halves,
+                    Values::Fp8 { block, .. } if block.is_multiple_of(lanes::CHUNK) => Order::Quarters,
+                    Values::F32(_) | Values::Fp8 { .. } => Order::Plain,
+                },
+            },
         }
     }
 }
@@ -111,13 +136,12 @@ impl Operand {
     pub(crate) fn empty(format: Format, rows: usize, inner: usize) -> Self {
         let padded = inner.next_multiple_of(2 * STEP);
         let bytes = match format {
-            Format::Lanes { .. } => rows * inner * 4,
+            Format::Lanes { .. } => rows * padded * 4,
             Format::Pairs => rows * padded * 2,
             Format::Tiles => rows.next_multiple_of(columns(rows)) * padded * 2,
         };
         let full = match format {
-            Format::Lanes { .. } => true,
-            Format::Pairs => inner == padded,
+            Format::Lanes { .. } | Format::Pairs => inner == padded,
             Format::Tiles => inner == padded && rows.is_multiple_of(columns(rows)),
         };
         Self { format, rows, inner, memory: if full { Memory::unwritten(bytes) } else { Memory::zeroed(bytes) } }
@@ -234,7 +258,7 @@ impl Operand {
 
     /// f32 values of `row`, in [`Format::Lanes`].
     fn lanes(&self, row: usize) -> *const f32 {
-        self.memory.start().cast::<f32>().wrapping_add(row * self.inner)
+        self.memory.start().cast::<f32>().wrapping_add(row * self.padded())
     }
 
     /// BF16 values of `row`, in [`Format::Pairs`].
@@ -247,16 +271,10 @@ impl Operand {
     pub(super) fn put(&self, row: usize, start: usize, values: &[f32]) {
         assert!(row < self.rows && start + values.len() <= self.inner, "a row of the operand");
         match self.format {
-            Format::Lanes { rounded } => {
-                let to = self.lanes(row).cast_mut().wrapping_add(start);
-                // SAFETY: the stretch lies within the memory (checked above), which is the operand's own and is written
-                // through raw pointers only; that stretches do not overlap between threads is the caller's.
-                let to = unsafe { std::slice::from_raw_parts_mut(to, values.len()) };
-                if rounded {
-                    to.iter_mut().zip(values).for_each(|(to, value)| *to = widen(round(*value)));
-                } else {
-                    to.copy_from_slice(values);
-                }
+            Format::Lanes { rounded, order } => {
+                // SAFETY: the row lies within the memory (checked above), which is the operand's own and is written through
+                // raw pointers only; that stretches do not overlap between threads is the caller's.
+                unsafe { put_lanes(self.lanes(row).cast_mut(), order, start, values, rounded) };
             }
             Format::Pairs => {
                 let to = self.pairs(row).cast_mut().cast::<u16>().wrapping_add(start);
@@ -349,6 +367,47 @@ impl View<'_> {
 
     pub(super) fn pairs(&self, row: usize) -> *const bf16 {
         self.operand.pairs(self.first + row)
+    }
+}
+
+/// Writes `values` where places `start..` of a row in lanes lie.
+///
+/// # Safety
+/// The row has them, and nobody else touches them meanwhile.
+unsafe fn put_lanes(row: *mut f32, order: Order, start: usize, values: &[f32], rounded: bool) {
+    let value = |value: f32| if rounded { widen(round(value)) } else { value };
+    // SAFETY: the caller's.
+    unsafe {
+        match order {
+            Order::Plain => put_words::<1>(row, start, values, value),
+            Order::Halves => put_words::<2>(row, start, values, value),
+            Order::Quarters => put_words::<4>(row, start, values, |from| value(from) * FOR_CODES),
+        }
+    }
+}
+
+/// As [`put_lanes`], where a word holds `P` values.
+///
+/// # Safety
+/// As [`put_lanes`]'s.
+#[inline(always)]
+unsafe fn put_words<const P: usize>(row: *mut f32, start: usize, values: &[f32], value: impl Fn(f32) -> f32) {
+    let group = LANES * P;
+    let before = (start.next_multiple_of(group) - start).min(values.len());
+    let after = before + (values.len() - before) / group * group;
+    for (nth, from) in values[before..after].chunks_exact(group).enumerate() {
+        let to = row.wrapping_add(start + before + nth * group).cast::<[[f32; LANES]; P]>();
+        // SAFETY: the caller's; so below.
+        let to = unsafe { &mut *to };
+        for (of_word, to) in to.iter_mut().enumerate() {
+            to.iter_mut().enumerate().for_each(|(word, to)| *to = value(from[word * P + of_word]));
+        }
+    }
+    // What is no whole group goes one by one.
+    for at in (0..before).chain(after..values.len()) {
+        let (first, within) = ((start + at) / group * group, (start + at) % group);
+        // SAFETY: as above.
+        unsafe { row.wrapping_add(first + within % P * LANES + within / P).write(value(values[at])) };
     }
 }
 

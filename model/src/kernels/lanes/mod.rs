@@ -1,8 +1,10 @@
-//! Products on vectors of f32: sixteen running sums per output, places 0, 16, 32, ... of the inner dimension in the first,
-//! 1, 17, 33, ... in the second, added up at the end. A code of FP8 is the f32 number next to its value times its block's
+//! Products on vectors of f32. Weights are read as 32-bit words, one of f32, two of BF16 or four codes of FP8 each, and taken
+//! apart there, by shifts and masks; rows lie in the order that this gives ([`Order`](super::operand::Order)). Every output has sixteen
+//! running sums, one per word of a vector, added up at the end; with FP8 sixteen per block, which then are multiplied by its
 //! scale. In: a strip of outputs and an operand in lanes. Out: f32. Never here: a sum whose order depends on the vectors'
 //! length, so that AVX-512 and AVX2 agree to the bit.
 
+mod words;
 mod vectors;
 
 #[cfg(target_arch = "x86_64")]
@@ -13,79 +15,29 @@ use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use vectors::{Avx2, Avx512};
 use vectors::{Lanes, Portable};
+use words::{Code, Element};
 
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{View, widen},
+    operand::{FOR_CODES, LANES, View},
 };
 use crate::checkpoint::fp8::decode_e4m3;
 
 /// Outputs of one strip.
 pub(super) const STRIP: usize = 32;
-/// Running sums of one output.
-const LANES: usize = 16;
-/// For up to so many rows BF16 weights are made f32 on their way into each sum, and once for all above.
-const IN_PLACE_ROWS: usize = 16;
 /// Values of a line that are gone through at once, where what comes next is fetched or scaled. FP8's blocks are of whole
-/// chunks, or are made f32 first.
-const CHUNK: usize = 128;
+/// chunks, or are made f32 first, scales and all.
+pub(super) const CHUNK: usize = 128;
+/// Values of sixteen words, at most.
+const MOST_OF_GROUP: usize = 4 * LANES;
 /// Bytes that weights are fetched ahead, at least: what is computed meanwhile takes as long as memory.
 pub(super) const AHEAD: usize = 8 << 10;
 /// Outputs whose weights are made f32 together, where rows are many: they stay in the core's second cache, and the rows of a
 /// block in its first.
 const WIDENED: usize = 8;
-
-/// A stored format.
-trait Element: Copy + Default {
-    /// Whether it has scales.
-    const SCALED: bool;
-    /// # Safety
-    /// `len` of them are there.
-    unsafe fn is_none_among(_from: *const Self, _len: usize) -> bool {
-        false
-    }
-    /// # Safety
-    /// 16 of them are there.
-    unsafe fn load<L: Lanes>(from: *const Self, factor: L, seen: &mut L::Seen) -> L;
-}
-
-impl Element for f32 {
-    const SCALED: bool = false;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self, _: L, _: &mut L::Seen) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::f32(from) }
-    }
-}
-
-impl Element for bf16 {
-    const SCALED: bool = false;
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self, _: L, _: &mut L::Seen) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::bf16(from) }
-    }
-}
-
-impl Element for u8 {
-    const SCALED: bool = true;
-
-    unsafe fn is_none_among(from: *const Self, len: usize) -> bool {
-        // SAFETY: the caller's.
-        unsafe { std::slice::from_raw_parts(from, len) }.iter().any(|code| code | 0x80 == 0xff)
-    }
-
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(from: *const Self, factor: L, seen: &mut L::Seen) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::e4m3(from, factor, seen) }
-    }
-}
 
 /// Outputs `first..first + outs` of `x W^T`, at most 32 of them, into `y` `[T, 32]`. `wide` is room for
 /// what is made f32.
@@ -126,7 +78,7 @@ unsafe fn strip_avx512(
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
+#[target_feature(enable = "avx2,fma")]
 unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32], wide: &mut Vec<f32>) {
     // SAFETY: the caller's.
     unsafe { strip_of::<Avx2>(matrix, first, outs, x, y, wide) }
@@ -151,8 +103,21 @@ struct Scales<'a> {
     per_line: usize,
 }
 
-impl Scales<'_> {
-    const NONE: Self = Self { values: &[], block: 1, first: 0, per_line: 0 };
+impl<'a> Scales<'a> {
+    /// Those of the lines from `first` on; none where there are none, or where lines were made f32 with them.
+    fn of(matrix: &Matrix<'a>, first: usize) -> Self {
+        match matrix.values {
+            Values::Fp8 { scales, block, .. } if block.is_multiple_of(CHUNK) => {
+                Self { values: scales, block, first, per_line: matrix.inner.div_ceil(block) }
+            }
+            _ => Self { values: &[], block: 1, first: 0, per_line: 0 },
+        }
+    }
+
+    /// Of the lines' `nth`, one per block.
+    fn of_line(&self, nth: usize) -> &'a [f32] {
+        &self.values[(self.first + nth) / self.block * self.per_line..][..self.per_line]
+    }
 }
 
 /// # Safety
@@ -166,75 +131,83 @@ unsafe fn strip_of<L: Lanes>(
     y: &mut [f32],
     wide: &mut Vec<f32>,
 ) {
-    let inner = matrix.inner;
-    let few = x.rows <= L::ROWS;
+    let (inner, scales) = (matrix.inner, Scales::of(matrix, first));
     let y = y.as_mut_ptr();
     // SAFETY: the caller's, here and below: rows `first..first + outs` are there, and so is what is widened.
     unsafe {
         match matrix.values {
             Values::F32(values) => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, f32>(Lines { start, inner, scales: Scales::NONE, fetch: true }, outs, x, y);
+                rows_by::<L, f32>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
-            Values::Bf16(values) if x.rows <= IN_PLACE_ROWS => {
+            Values::Bf16(values) => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, bf16>(Lines { start, inner, scales: Scales::NONE, fetch: true }, outs, x, y);
+                rows_by::<L, bf16>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
-            Values::Fp8 { codes, scales, block } if few && block.is_multiple_of(CHUNK) => {
+            Values::Fp8 { codes, block, .. } if x.rows <= L::CODES_IN_PLACE && block.is_multiple_of(CHUNK) => {
                 let start = codes.as_ptr().wrapping_add(first * inner);
-                let scales = Scales { values: scales, block, first, per_line: inner.div_ceil(block) };
                 rows_by::<L, u8>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
-            _ => {
+            Values::Fp8 { codes, block, .. } => {
+                let inner = x.padded();
                 wide.resize(WIDENED * inner, 0.0);
                 for out in (0..outs).step_by(WIDENED) {
-                    let outs = WIDENED.min(outs - out);
-                    for (line, wide) in wide.chunks_exact_mut(inner).take(outs).enumerate() {
-                        widen_line::<L>(matrix, first + out + line, wide);
+                    let (outs, y) = (WIDENED.min(outs - out), y.wrapping_add(out));
+                    let lines = codes[(first + out) * matrix.inner..].chunks_exact(matrix.inner);
+                    let (start, scales) = (wide.as_ptr(), Scales::of(matrix, first + out));
+                    if block.is_multiple_of(CHUNK) {
+                        for (to, line) in wide.chunks_exact_mut(inner).zip(lines).take(outs) {
+                            widen::<L>(line, to);
+                        }
+                        rows_by::<L, Code>(Lines { start: start.cast(), inner, scales, fetch: false }, outs, x, y);
+                    } else {
+                        for (line, to) in (first + out..).zip(wide.chunks_exact_mut(inner)).take(outs) {
+                            scale_line(matrix, line, to);
+                        }
+                        rows_by::<L, f32>(Lines { start, inner, scales, fetch: false }, outs, x, y);
                     }
-                    let lines = Lines { start: wide.as_ptr(), inner, scales: Scales::NONE, fetch: false };
-                    rows_by::<L, f32>(lines, outs, x, y.wrapping_add(out));
                 }
             }
         }
     }
 }
 
-/// Row `out` of the matrix as f32, and the next one fetched meanwhile.
+/// A line of codes as f32, without their scales, in the order that rows have, and zeros up to the end of `to`, which is of whole
+/// groups. The next line is fetched meanwhile.
 ///
 /// # Safety
 /// The processor has what `L` needs.
 #[inline(always)]
-unsafe fn widen_line<L: Lanes>(matrix: &Matrix<'_>, out: usize, to: &mut [f32]) {
-    let inner = matrix.inner;
-    match matrix.values {
-        Values::F32(values) => to.copy_from_slice(&values[out * inner..][..inner]),
-        Values::Bf16(values) => {
-            let values = &values[out * inner..][..inner];
-            fetch_line(values.as_ptr().wrapping_add(inner), inner);
-            let (whole, rest) = values.as_chunks::<LANES>();
-            for (to, values) in to.chunks_exact_mut(LANES).zip(whole) {
-                // SAFETY: 16 values, and room for them.
-                unsafe { L::bf16(values.as_ptr()).put(to.as_mut_ptr()) };
-            }
-            to[whole.len() * LANES..].iter_mut().zip(rest).for_each(|(to, value)| *to = widen(value.to_bits()));
-        }
-        Values::Fp8 { codes, .. } => {
-            for part in matrix.stretches() {
-                let scale = matrix.scale(out, part.start);
-                let (codes, to) = (&codes[out * inner..][part.clone()], &mut to[part]);
-                fetch_line(codes.as_ptr().wrapping_add(inner), codes.len());
-                let (factor, mut seen) = (L::factor(scale), L::Seen::default());
-                let (whole, _) = codes.as_chunks::<LANES>();
-                for (to, codes) in to.chunks_exact_mut(LANES).zip(whole) {
-                    // SAFETY: as above.
-                    unsafe { L::e4m3(codes.as_ptr(), factor, &mut seen).put(to.as_mut_ptr()) };
-                }
-                let done = if L::none_among(seen) { 0 } else { whole.len() * LANES };
-                to[done..].iter_mut().zip(&codes[done..]).for_each(|(to, code)| *to = decode_e4m3(*code) * scale);
-            }
-        }
+unsafe fn widen<L: Lanes>(line: &[u8], to: &mut [f32]) {
+    fetch_line(line.as_ptr().wrapping_add(line.len()), line.len());
+    let mut seen = L::Seen::default();
+    let (whole, last) = line.as_chunks::<MOST_OF_GROUP>();
+    let (to_whole, to_last) = to.split_at_mut(whole.len() * MOST_OF_GROUP);
+    for (to, codes) in to_whole.chunks_exact_mut(MOST_OF_GROUP).zip(whole) {
+        // SAFETY: a whole group each.
+        unsafe { L::put_codes(codes.as_ptr(), to.as_mut_ptr(), &mut seen) };
     }
+    if !last.is_empty() {
+        let mut codes = [0; MOST_OF_GROUP];
+        codes[..last.len()].copy_from_slice(last);
+        // SAFETY: as above.
+        unsafe { L::put_codes(codes.as_ptr(), to_last.as_mut_ptr(), &mut seen) };
+    }
+    if L::none_among(seen) {
+        // A sum with one is none.
+        to.fill(f32::NAN);
+    }
+}
+
+/// Line `line` of a matrix with blocks of other sizes as f32, scales and all.
+fn scale_line(matrix: &Matrix<'_>, line: usize, to: &mut [f32]) {
+    let Values::Fp8 { codes, .. } = matrix.values else { unreachable!("only FP8 has blocks") };
+    for part in matrix.stretches() {
+        let scale = matrix.scale(line, part.start);
+        let codes = &codes[line * matrix.inner..][part.clone()];
+        to[part].iter_mut().zip(codes).for_each(|(to, code)| *to = decode_e4m3(*code) * scale);
+    }
+    to[matrix.inner..].fill(0.0);
 }
 
 /// All rows by `outs` outputs, into `y` `[T, 32]`.
@@ -246,19 +219,23 @@ unsafe fn rows_by<L: Lanes, W: Element>(lines: Lines<'_, W>, outs: usize, x: &Vi
     let mut row = 0;
     while row < x.rows {
         let left = x.rows - row;
-        // One that would be left alone costs as much as two.
-        let rows = if left == L::ROWS + 1 { left / 2 } else { left.min(L::ROWS) };
+        // In parts of about one size: one that would be left alone costs as much as two.
+        let rows = left.div_ceil(left.div_ceil(L::ROWS));
         let y = y.wrapping_add(row * STRIP);
         // SAFETY: the caller's.
         unsafe {
-            match rows {
-                4 => outs_by::<L, W, 4, 4>(lines, outs, x, row, y),
-                3 if L::ROWS > 3 => outs_by::<L, W, 4, 3>(lines, outs, x, row, y),
-                3 => outs_by::<L, W, 2, 3>(lines, outs, x, row, y),
-                2 if L::ROWS > 3 => outs_by::<L, W, 4, 2>(lines, outs, x, row, y),
-                2 => outs_by::<L, W, 2, 2>(lines, outs, x, row, y),
-                1 if L::ROWS < 4 => outs_by::<L, W, 2, 1>(lines, outs, x, row, y),
-                _ => outs_by::<L, W, 4, 1>(lines, outs, x, row, y),
+            match (rows, L::FOUR, W::CODES) {
+                // What takes codes apart needs registers of its own.
+                (3, false, true) => outs_by::<L, W, 1, 3>(lines, outs, x, row, y),
+                (2, false, true) => outs_by::<L, W, 1, 2>(lines, outs, x, row, y),
+                (_, false, true) => outs_by::<L, W, 1, 1>(lines, outs, x, row, y),
+                (3, false, false) => outs_by::<L, W, 2, 3>(lines, outs, x, row, y),
+                (2, false, false) => outs_by::<L, W, 2, 2>(lines, outs, x, row, y),
+                (_, false, false) => outs_by::<L, W, 2, 1>(lines, outs, x, row, y),
+                (4, true, _) => outs_by::<L, W, 4, 4>(lines, outs, x, row, y),
+                (3, true, _) => outs_by::<L, W, 4, 3>(lines, outs, x, row, y),
+                (2, true, _) => outs_by::<L, W, 4, 2>(lines, outs, x, row, y),
+                (_, true, _) => outs_by::<L, W, 4, 1>(lines, outs, x, row, y),
             }
         }
         row += rows;
@@ -306,60 +283,48 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
     let Lines { start, inner, scales, fetch } = lines;
     let weights: [*const W; O] = std::array::from_fn(|o| start.wrapping_add((out + o) * inner));
     let rows: [*const f32; R] = std::array::from_fn(|r| x.lanes(row + r));
-    let scale_lines: [usize; O] = std::array::from_fn(|o| (scales.first + out + o) / scales.block * scales.per_line);
-    let mut sums = [[L::zero(); R]; O];
-    let mut factors = [L::zero(); O];
+    let scales_of: [&[f32]; O] = std::array::from_fn(|o| scales.of_line(out + o));
     // Whole blocks of outputs, as many as it takes.
     let ahead = O * inner * (AHEAD / size_of::<W>()).div_ceil(O * inner);
-    let (mut at, mut stretch, mut seen) = (0, 0, L::Seen::default());
+    let fetch = fetch && row == 0;
+    let mut sums = [[L::all(0.0); R]; O];
+    let (mut at, mut seen) = (0, L::Seen::default());
     while at < inner {
-        let end = if W::SCALED || fetch { inner.min(at + CHUNK) } else { inner };
+        let lines = weights.map(|line| line.wrapping_add(at));
+        let values = rows.map(|row| row.wrapping_add(at));
+        let mut factors = [1.0; O];
         if W::SCALED {
             // Dividing takes long, and blocks are of one size as a rule.
-            stretch = if scales.block == CHUNK { at / CHUNK } else { at / scales.block };
-        }
-        if fetch && row == 0 {
-            // In the order of memory, whatever the order of use: that is what memory is quick at.
-            fetch_line(weights[0].wrapping_add(ahead + at * O), (end - at) * O);
-        }
-        if W::SCALED {
+            let stretch = if scales.block == CHUNK { at / CHUNK } else { at / scales.block };
             for o in 0..O {
-                factors[o] = L::factor(scales.values[scale_lines[o] + stretch]);
+                factors[o] = scales_of[o][stretch] * (L::CODES / FOR_CODES);
             }
         }
-        while at + LANES <= end {
-            for o in 0..O {
-                // SAFETY: 16 values from `at` on lie within the row.
-                let w: L = unsafe { W::load(weights[o].wrapping_add(at), factors[o], &mut seen) };
-                for r in 0..R {
-                    // SAFETY: as above.
-                    sums[o][r] = unsafe { L::f32(rows[r].wrapping_add(at)) }.times_plus(w, sums[o][r]);
+        // In the order of memory, whatever the order of use: that is what memory is quick at.
+        let following = weights[0].wrapping_add(ahead + at * O);
+        let places = inner - at;
+        // SAFETY: lines and rows have these places.
+        unsafe {
+            // Of a length that is known beforehand, loops are unrolled.
+            if places >= CHUNK {
+                if fetch {
+                    fetch_line(following, CHUNK * O);
                 }
-            }
-            at += LANES;
-        }
-        if at < end {
-            let left = end - at;
-            for o in 0..O {
-                let (mut w, mut v) = ([W::default(); LANES], [0f32; LANES]);
-                // SAFETY: the values that are left, and whole vectors of our own.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(weights[o].wrapping_add(at), w.as_mut_ptr(), left);
-                    let w: L = W::load(w.as_ptr(), factors[o], &mut seen);
-                    for r in 0..R {
-                        std::ptr::copy_nonoverlapping(rows[r].wrapping_add(at), v.as_mut_ptr(), left);
-                        sums[o][r] = L::f32(v.as_ptr()).times_plus(w, sums[o][r]);
-                    }
+                chunk(lines, values, CHUNK, factors, &mut sums, &mut seen);
+            } else {
+                if fetch {
+                    fetch_line(following, places * O);
                 }
+                chunk(lines, values, places, factors, &mut sums, &mut seen);
             }
-            at = end;
         }
+        at += CHUNK;
     }
     if W::SCALED && L::none_among(seen) {
         for o in 0..O {
             // SAFETY: the line is there.
             if unsafe { W::is_none_among(weights[o], inner) } {
-                sums[o] = [L::factor(f32::NAN); R];
+                sums[o] = [L::all(f32::NAN); R];
             }
         }
     }
@@ -372,6 +337,66 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
                 y.add(r * STRIP + o).write(add_up(values));
             }
         }
+    }
+}
+
+/// `places` places of `O` lines, no more than a chunk, by `R` rows: times the lines' factors where they have scales, onto `sums`.
+///
+/// # Safety
+/// The processor has what `L` needs. Lines have these places, and rows too, up to whole groups of words.
+#[inline(always)]
+unsafe fn chunk<L: Lanes, W: Element, const O: usize, const R: usize>(
+    lines: [*const W; O],
+    rows: [*const f32; R],
+    places: usize,
+    factors: [f32; O],
+    sums: &mut [[L; R]; O],
+    seen: &mut L::Seen,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        if W::SCALED {
+            let mut of_block = [[L::all(0.0); R]; O];
+            along(lines, rows, places, &mut of_block, seen);
+            for o in 0..O {
+                for r in 0..R {
+                    sums[o][r] = of_block[o][r].times_plus(L::all(factors[o]), sums[o][r]);
+                }
+            }
+        } else {
+            along(lines, rows, places, sums, seen);
+        }
+    }
+}
+
+/// The same, without factors.
+///
+/// # Safety
+/// As [`chunk`]'s.
+#[inline(always)]
+unsafe fn along<L: Lanes, W: Element, const O: usize, const R: usize>(
+    lines: [*const W; O],
+    rows: [*const f32; R],
+    places: usize,
+    sums: &mut [[L; R]; O],
+    seen: &mut L::Seen,
+) {
+    let group = LANES * W::PER_WORD;
+    for at in (0..places / group).map(|nth| nth * group) {
+        let words = lines.map(|line| line.wrapping_add(at));
+        // SAFETY: sixteen words from there on are in the line, and their values in each row.
+        unsafe { L::add_words(sums, words, rows.map(|row| row.wrapping_add(at)), seen) };
+    }
+    let at = places / group * group;
+    if at < places {
+        let mut last = [[W::default(); MOST_OF_GROUP]; O];
+        for o in 0..O {
+            // SAFETY: the values that are left, fewer than a group.
+            unsafe { std::ptr::copy_nonoverlapping(lines[o].wrapping_add(at), last[o].as_mut_ptr(), places - at) };
+        }
+        let words = last.each_ref().map(|last| last.as_ptr());
+        // SAFETY: sixteen words of our own, and rows that are padded.
+        unsafe { L::add_words(sums, words, rows.map(|row| row.wrapping_add(at)), seen) };
     }
 }
 

@@ -1,41 +1,45 @@
-//! Sixteen f32 values in whatever registers there are. In: values and codes in memory. Out: sums. Never here: which values,
-//! of which weight.
+//! Sixteen f32 values in whatever registers there are. In: weights and rows in memory. Out: sums. Never here: which outputs
+//! and rows, of which weight.
+//!
+//! What is done to each of several outputs or rows stands in loops, not closures: those are functions of their own, which may
+//! not have what the processor has.
 
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
-use half::bf16;
+use super::{LANES, words::Element};
 
-use super::LANES;
-use crate::{checkpoint::fp8::decode_e4m3, kernels::operand::widen};
-
-/// An E4M3 number whose bits are put where f16 has the end of its exponent and the beginning of its mantissa is so many times
-/// too small, subnormals included. (f32 has room for them too, but takes long for its own subnormals.)
-const E4M3_AS_F16: f32 = 256.0;
-
-/// Sixteen f32 values, and the few things that are done with them.
+/// Sixteen f32 values, one per word of a vector, and the few things that are done with them.
 pub(super) trait Lanes: Copy {
     /// Rows whose sums run at once, at most: four of four outputs take 16 registers of 16 values, three of two outputs 12 of 8.
     const ROWS: usize;
+    /// Whether there are registers for four outputs, or two.
+    const FOUR: bool;
+    /// How many times too small codes of FP8 come: a power of two.
+    const CODES: f32;
+    /// For up to so many rows codes are made f32 on their way into each sum, and once for all above.
+    const CODES_IN_PLACE: usize;
     /// The largest codes, their signs apart, that each place has seen.
     type Seen: Copy + Default;
-    fn zero() -> Self;
-    /// # Safety
-    /// 16 values are there.
-    unsafe fn f32(from: *const f32) -> Self;
-    /// # Safety
-    /// 16 values are there.
-    unsafe fn bf16(from: *const bf16) -> Self;
-    /// What codes of a block with this scale are multiplied with by [`e4m3`](Self::e4m3).
-    fn factor(scale: f32) -> Self;
-    /// What is no number among the codes need not come out as such: `seen` tells of it.
-    ///
-    /// # Safety
-    /// 16 codes are there.
-    unsafe fn e4m3(from: *const u8, factor: Self, seen: &mut Self::Seen) -> Self;
-    fn none_among(seen: Self::Seen) -> bool;
+    fn all(value: f32) -> Self;
     /// `self * by + to`.
     fn times_plus(self, by: Self, to: Self) -> Self;
+    /// `sums += w x`: sixteen words of each of `O` lines by the values of `R` rows that belong to them. What is no number among codes need not come out as such: `seen` tells of it.
+    ///
+    /// # Safety
+    /// The words and values are there.
+    unsafe fn add_words<W: Element, const O: usize, const R: usize>(
+        sums: &mut [[Self; R]; O],
+        lines: [*const W; O],
+        rows: [*const f32; R],
+        seen: &mut Self::Seen,
+    );
+    /// Sixteen words of codes as f32, in the order that rows have, and seen as above.
+    ///
+    /// # Safety
+    /// The words are there, and room for their values.
+    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Self::Seen);
+    fn none_among(seen: Self::Seen) -> bool;
     /// # Safety
     /// There is room for 16 values.
     unsafe fn put(self, to: *mut f32);
@@ -46,41 +50,14 @@ pub(super) struct Portable([f32; LANES]);
 
 impl Lanes for Portable {
     const ROWS: usize = 3;
+    const FOUR: bool = false;
+    const CODES: f32 = 1.0;
+    const CODES_IN_PLACE: usize = Self::ROWS;
     type Seen = ();
 
     #[inline(always)]
-    fn zero() -> Self {
-        Self([0.0; LANES])
-    }
-
-    #[inline(always)]
-    unsafe fn f32(from: *const f32) -> Self {
-        // SAFETY: the caller's.
-        Self(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
-    }
-
-    #[inline(always)]
-    unsafe fn bf16(from: *const bf16) -> Self {
-        // SAFETY: the caller's.
-        Self(unsafe { from.cast::<[u16; LANES]>().read_unaligned() }.map(widen))
-    }
-
-    #[inline(always)]
-    fn factor(scale: f32) -> Self {
-        Self([scale; LANES])
-    }
-
-    #[inline(always)]
-    unsafe fn e4m3(from: *const u8, factor: Self, _seen: &mut ()) -> Self {
-        // SAFETY: the caller's.
-        let codes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        Self(std::array::from_fn(|lane| decode_e4m3(codes[lane]) * factor.0[lane]))
-    }
-
-    #[inline(always)]
-    fn none_among((): ()) -> bool {
-        // They come out as what they are.
-        false
+    fn all(value: f32) -> Self {
+        Self([value; LANES])
     }
 
     #[inline(always)]
@@ -90,50 +67,78 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    unsafe fn add_words<W: Element, const O: usize, const R: usize>(
+        sums: &mut [[Self; R]; O],
+        lines: [*const W; O],
+        rows: [*const f32; R],
+        _seen: &mut (),
+    ) {
+        for nth in 0..W::PER_WORD {
+            for o in 0..O {
+                // SAFETY: the caller's; so below.
+                let w = unsafe { W::portable(lines[o], nth) };
+                for r in 0..R {
+                    // SAFETY: as above.
+                    let x = unsafe { f32::portable(rows[r].wrapping_add(nth * LANES), 0) };
+                    // Rounded twice: without an instruction for it, rounding once would take a hundred times as long.
+                    sums[o][r].0.iter_mut().zip(x).zip(w).for_each(|((sum, x), w)| *sum += x * w);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn put_codes(from: *const u8, to: *mut f32, _seen: &mut ()) {
+        for nth in 0..u8::PER_WORD {
+            // SAFETY: the caller's; so below.
+            unsafe { Self(u8::portable(from, nth)).put(to.wrapping_add(nth * LANES)) };
+        }
+    }
+
+    #[inline(always)]
+    fn none_among((): ()) -> bool {
+        // They come out as what they are.
+        false
+    }
+
+    #[inline(always)]
     unsafe fn put(self, to: *mut f32) {
         // SAFETY: the caller's.
         unsafe { to.cast::<[f32; LANES]>().write_unaligned(self.0) };
     }
 }
 
-/// Sixteen codes, the largest of their places so far, with their signs set.
+/// Thirty-two codes, the largest of their places so far, with their signs set.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(super) struct Seen(__m128i);
+pub(super) struct Seen(__m256i);
 
 #[cfg(target_arch = "x86_64")]
 impl Default for Seen {
     #[inline(always)]
     fn default() -> Self {
-        // SAFETY: every x86-64 has SSE2; so below.
-        Self(unsafe { _mm_setzero_si128() })
+        // SAFETY: it is only used where the processor has AVX2; so below.
+        Self(unsafe { _mm256_setzero_si256() })
     }
 }
 
 #[cfg(target_arch = "x86_64")]
 impl Seen {
+    /// # Safety
+    /// 32 codes are there.
+    #[inline(always)]
+    unsafe fn see(&mut self, from: *const u8) {
+        // SAFETY: the caller's.
+        unsafe {
+            let codes = _mm256_or_si256(_mm256_loadu_si256(from.cast()), _mm256_set1_epi8(i8::MIN));
+            self.0 = _mm256_max_epu8(self.0, codes);
+        }
+    }
+
     #[inline(always)]
     fn none_among(self) -> bool {
         // SAFETY: as above.
-        unsafe { _mm_movemask_epi8(_mm_cmpeq_epi8(self.0, _mm_set1_epi8(-1))) != 0 }
-    }
-}
-
-/// 16 codes as f16 numbers, [`E4M3_AS_F16`] times too small.
-///
-/// # Safety
-/// The processor has AVX2; 16 codes are there.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn e4m3_as_f16(from: *const u8, seen: &mut Seen) -> __m256i {
-    // The sign fills what is above it; of that, the highest bit is kept.
-    const KEPT: i16 = i16::MIN | 0x7f << 7;
-    // SAFETY: the caller's.
-    unsafe {
-        let codes = _mm_loadu_si128(from.cast());
-        seen.0 = _mm_max_epu8(seen.0, _mm_or_si128(codes, _mm_set1_epi8(i8::MIN)));
-        let codes = _mm256_cvtepi8_epi16(codes);
-        _mm256_and_si256(_mm256_slli_epi16::<7>(codes), _mm256_set1_epi16(KEPT))
+        unsafe { _mm256_movemask_epi8(_mm256_cmpeq_epi8(self.0, _mm256_set1_epi8(-1))) != 0 }
     }
 }
 
@@ -144,50 +149,69 @@ pub(super) struct Avx512(__m512);
 #[cfg(target_arch = "x86_64")]
 impl Lanes for Avx512 {
     const ROWS: usize = 4;
+    const FOUR: bool = true;
+    /// As f16, which makes subnormals f32 at full speed.
+    const CODES: f32 = 256.0;
+    const CODES_IN_PLACE: usize = Self::ROWS;
     type Seen = Seen;
 
     #[inline(always)]
-    fn zero() -> Self {
+    fn all(value: f32) -> Self {
         // SAFETY: this type is only used where the processor has AVX-512; so everywhere below.
-        Self(unsafe { _mm512_setzero_ps() })
-    }
-
-    #[inline(always)]
-    fn factor(scale: f32) -> Self {
-        // SAFETY: as above.
-        Self(unsafe { _mm512_set1_ps(scale * E4M3_AS_F16) })
-    }
-
-    #[inline(always)]
-    unsafe fn f32(from: *const f32) -> Self {
-        // SAFETY: the caller's.
-        Self(unsafe { _mm512_loadu_ps(from) })
-    }
-
-    #[inline(always)]
-    unsafe fn bf16(from: *const bf16) -> Self {
-        // SAFETY: the caller's.
-        unsafe {
-            let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-            Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn e4m3(from: *const u8, factor: Self, seen: &mut Seen) -> Self {
-        // SAFETY: the caller's.
-        unsafe { Self(_mm512_mul_ps(_mm512_cvtph_ps(e4m3_as_f16(from, seen)), factor.0)) }
-    }
-
-    #[inline(always)]
-    fn none_among(seen: Seen) -> bool {
-        seen.none_among()
+        Self(unsafe { _mm512_set1_ps(value) })
     }
 
     #[inline(always)]
     fn times_plus(self, by: Self, to: Self) -> Self {
         // SAFETY: as above.
         Self(unsafe { _mm512_fmadd_ps(self.0, by.0, to.0) })
+    }
+
+    #[inline(always)]
+    unsafe fn add_words<W: Element, const O: usize, const R: usize>(
+        sums: &mut [[Self; R]; O],
+        lines: [*const W; O],
+        rows: [*const f32; R],
+        seen: &mut Seen,
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            for nth in 0..W::PER_WORD {
+                let mut w = [_mm512_setzero_ps(); O];
+                for o in 0..O {
+                    w[o] = W::avx512(lines[o], nth);
+                }
+                for r in 0..R {
+                    let x = _mm512_loadu_ps(rows[r].wrapping_add(nth * LANES));
+                    for o in 0..O {
+                        sums[o][r].0 = _mm512_fmadd_ps(x, w[o], sums[o][r].0);
+                    }
+                }
+            }
+            if W::CODES {
+                for line in lines {
+                    seen.see(line.cast());
+                    seen.see(line.cast::<u8>().wrapping_add(32));
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Seen) {
+        // SAFETY: the caller's.
+        unsafe {
+            for nth in 0..u8::PER_WORD {
+                _mm512_storeu_ps(to.wrapping_add(nth * LANES), u8::avx512(from, nth));
+            }
+            seen.see(from);
+            seen.see(from.wrapping_add(32));
+        }
+    }
+
+    #[inline(always)]
+    fn none_among(seen: Seen) -> bool {
+        seen.none_among()
     }
 
     #[inline(always)]
@@ -204,56 +228,79 @@ pub(super) struct Avx2([__m256; 2]);
 #[cfg(target_arch = "x86_64")]
 impl Lanes for Avx2 {
     const ROWS: usize = 3;
+    const FOUR: bool = false;
+    /// A subnormal code is a subnormal number, which AMD's processors multiply nearly as fast as any other; Intel's take a
+    /// hundred cycles or two for each, and a trained weight has one in some thousands.
+    const CODES: f32 = (1u128 << 120) as f32;
+    /// Taking them apart again for every three rows is quicker than having them come from the second cache, four times as large.
+    const CODES_IN_PLACE: usize = usize::MAX;
     type Seen = Seen;
 
     #[inline(always)]
-    fn zero() -> Self {
-        // SAFETY: this type is only used where the processor has AVX2, FMA and F16C; so everywhere below.
-        Self(unsafe { [_mm256_setzero_ps(); 2] })
+    fn all(value: f32) -> Self {
+        // SAFETY: this type is only used where the processor has AVX2 and FMA; so everywhere below.
+        Self(unsafe { [_mm256_set1_ps(value); 2] })
     }
 
     #[inline(always)]
-    fn factor(scale: f32) -> Self {
+    fn times_plus(self, by: Self, to: Self) -> Self {
         // SAFETY: as above.
-        Self(unsafe { [_mm256_set1_ps(scale * E4M3_AS_F16); 2] })
+        unsafe {
+            let (low, high) = ((self.0[0], by.0[0], to.0[0]), (self.0[1], by.0[1], to.0[1]));
+            Self([_mm256_fmadd_ps(low.0, low.1, low.2), _mm256_fmadd_ps(high.0, high.1, high.2)])
+        }
     }
 
+    /// One half after the other: sixteen registers do for what is needed at once.
     #[inline(always)]
-    unsafe fn f32(from: *const f32) -> Self {
-        // SAFETY: the caller's.
-        Self(unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] })
-    }
-
-    #[inline(always)]
-    unsafe fn bf16(from: *const bf16) -> Self {
-        // SAFETY: the caller's.
-        let half = |from: *const bf16| unsafe {
-            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
-        };
-        Self([half(from), half(from.wrapping_add(8))])
-    }
-
-    #[inline(always)]
-    unsafe fn e4m3(from: *const u8, factor: Self, seen: &mut Seen) -> Self {
+    unsafe fn add_words<W: Element, const O: usize, const R: usize>(
+        sums: &mut [[Self; R]; O],
+        lines: [*const W; O],
+        rows: [*const f32; R],
+        seen: &mut Seen,
+    ) {
         // SAFETY: the caller's.
         unsafe {
-            let half = e4m3_as_f16(from, seen);
-            let low = _mm256_cvtph_ps(_mm256_castsi256_si128(half));
-            let high = _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(half));
-            Self([_mm256_mul_ps(low, factor.0[0]), _mm256_mul_ps(high, factor.0[1])])
+            for half in 0..2 {
+                let words = half * LANES / 2 * W::PER_WORD;
+                for nth in 0..W::PER_WORD {
+                    let mut w = [_mm256_setzero_ps(); O];
+                    for o in 0..O {
+                        w[o] = W::avx2(lines[o].wrapping_add(words), nth);
+                    }
+                    for r in 0..R {
+                        let x = _mm256_loadu_ps(rows[r].wrapping_add(nth * LANES + half * LANES / 2));
+                        for o in 0..O {
+                            sums[o][r].0[half] = _mm256_fmadd_ps(x, w[o], sums[o][r].0[half]);
+                        }
+                    }
+                }
+                if W::CODES {
+                    for line in lines {
+                        seen.see(line.wrapping_add(words).cast());
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Seen) {
+        // SAFETY: the caller's.
+        unsafe {
+            for half in 0..2 {
+                let from = from.wrapping_add(half * LANES / 2 * u8::PER_WORD);
+                for nth in 0..u8::PER_WORD {
+                    _mm256_storeu_ps(to.wrapping_add(nth * LANES + half * LANES / 2), u8::avx2(from, nth));
+                }
+                seen.see(from);
+            }
         }
     }
 
     #[inline(always)]
     fn none_among(seen: Seen) -> bool {
         seen.none_among()
-    }
-
-    #[inline(always)]
-    fn times_plus(self, by: Self, to: Self) -> Self {
-        // SAFETY: as above.
-        Self(std::array::from_fn(|half| unsafe { _mm256_fmadd_ps(self.0[half], by.0[half], to.0[half]) }))
     }
 
     #[inline(always)]

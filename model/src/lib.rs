@@ -42,6 +42,7 @@ mod mla;
 pub mod gate;
 pub mod expert;
 mod block;
+pub mod head;
 pub mod transformer;
 pub mod mtp;
 pub mod sampler;

@@ -144,6 +144,30 @@ impl Linear {
         }
     }
 
+    /// How it computes.
+    pub(crate) fn compute(&self) -> Compute {
+        self.compute
+    }
+
+    /// Columns of the result.
+    pub(crate) fn out(&self) -> usize {
+        self.out as usize
+    }
+
+    /// Columns `outs` of the product of one row, `[1, in]`, as they are among all, f32. On the processor, of a plain weight
+    /// without a bias.
+    pub(crate) fn some_outputs(&self, x: &Tensor, outs: &[u32]) -> Vec<f32> {
+        let Some(weight) = self.plain() else { unreachable!("only plain weights are asked for some of their rows") };
+        let size = [outs.len() as i64, self.inner()];
+        let some = Tensor::empty(size, (weight.kind(), tch::Device::Cpu));
+        for (row, &out) in (0..).zip(outs) {
+            some.get(row).copy_(&weight.get(i64::from(out)));
+        }
+        let some = Self { weight: Stored::Plain(Weight::owned(some)), bias: None, out: size[0], compute: self.compute };
+        let [y] = side_by_side([&some], x);
+        tensor::rows(&y).to_f32(Isa::best())
+    }
+
     /// Columns of its rows.
     pub(crate) fn inner(&self) -> i64 {
         self.weight.size()[1]

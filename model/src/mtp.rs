@@ -11,6 +11,7 @@ use tch::Tensor;
 use crate::{
     block::Block,
     checkpoint::{self, Checkpoint, Weight},
+    head::{Greatest, Head},
     hidden::Hidden,
     linear::Linear,
     norm::RmsNorm,
@@ -27,7 +28,7 @@ pub struct Mtp {
     projection: Linear,
     block: Block,
     norm: RmsNorm,
-    head: Linear,
+    head: Head,
 }
 
 impl Mtp {
@@ -73,6 +74,11 @@ impl Mtp {
 
     /// Logits `[indices, vocab_size]`, f32, of the rows at `indices` of what left the block. Row i's are about token i + 2.
     pub fn logits(&self, x: &Hidden, indices: &[usize]) -> Vec<f32> {
-        Hidden(self.head.forward(&self.norm.forward(&x.at(indices).0))).to_rows()
+        self.head.logits(&self.norm.forward(&x.at(indices).0))
+    }
+
+    /// The greatest of each row of them.
+    pub fn greatest(&self, x: &Hidden, indices: &[usize]) -> Vec<Greatest> {
+        self.head.greatest(&self.norm.forward(&x.at(indices).0))
     }
 }

@@ -10,6 +10,7 @@ use crate::{
     checkpoint::{self, Checkpoint, Stored, Weight},
     config::ModelConfig,
     device::Compute,
+    head::{Greatest, Head},
     hidden::Hidden,
     linear::Linear,
     norm::RmsNorm,
@@ -28,7 +29,7 @@ pub struct Transformer {
     rope: Rope,
     blocks: Vec<Block>,
     norm: RmsNorm,
-    head: Linear,
+    head: Head,
 }
 
 impl Transformer {
@@ -53,7 +54,7 @@ impl Transformer {
             rope: Rope::new(&config.rope, config.qk_rope_head_dim, compute.torch_device()),
             blocks,
             norm: RmsNorm::load(checkpoint, "model.norm", hidden, config.rms_norm_eps, compute)?,
-            head: Linear::new(Stored::Plain(checkpoint.load(head, &[vocab, hidden])?), None, compute),
+            head: Head::new(Linear::new(Stored::Plain(checkpoint.load(head, &[vocab, hidden])?), None, compute)),
             config,
             compute,
         })
@@ -91,11 +92,16 @@ impl Transformer {
 
     /// Logits `[indices, vocab_size]` of the rows at `indices`, f32.
     pub fn logits(&self, x: &Hidden, indices: &[usize]) -> Vec<f32> {
-        Hidden(self.head.forward(&self.final_norm(&x.at(indices)).0)).to_rows()
+        self.head.logits(&self.final_norm(&x.at(indices)).0)
+    }
+
+    /// The greatest logit of each of the rows at `indices`, which costs less than all of them.
+    pub fn greatest(&self, x: &Hidden, indices: &[usize]) -> Vec<Greatest> {
+        self.head.greatest(&self.final_norm(&x.at(indices)).0)
     }
 
     /// The embedding `[vocab_size, D]` and the head, in the same memory.
-    pub(crate) fn share_ends(&self) -> (Weight, Linear) {
+    pub(crate) fn share_ends(&self) -> (Weight, Head) {
         (self.embed.share(), self.head.share())
     }
 }

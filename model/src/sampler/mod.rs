@@ -48,6 +48,11 @@ impl SamplingParams {
         }
     }
 
+    /// Whether it is the token with the greatest of the model's own logits, whatever was drawn before.
+    pub fn takes_greatest(&self) -> bool {
+        self.temperature == 0.0 && !self.penalises() && self.logit_bias.is_empty()
+    }
+
     fn penalises(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
     }

@@ -5,7 +5,7 @@
 
 use std::{cell::Cell, panic::AssertUnwindSafe};
 
-use conclave_model::{Hidden, batch::Segment, mtp::Mtp, sampler::argmax, wire};
+use conclave_model::{Hidden, batch::Segment, head::Greatest, mtp::Mtp};
 use futures::FutureExt;
 use tokio::time::{Duration, Instant};
 use tracing::warn;
@@ -61,20 +61,19 @@ impl Engine {
             return;
         }
         let guessed = AssertUnwindSafe(self.run_module(drafter, &known, x, spent)).catch_unwind().await;
-        let Ok(Some(logits)) = guessed else {
+        let Ok(Some(guesses)) = guessed else {
             warn!("guesses could not be computed; none are made for a while");
             drafter.paused_until.set(Some(Instant::now() + PAUSE));
             return;
         };
-        let vocab = self.transformer.config().vocab_size;
-        for ((index, _), logits) in known.takers.iter().zip(logits.chunks_exact(vocab)) {
-            if wire::all_finite(logits) {
-                sequences[*index].draft = Some(argmax(logits));
+        for ((index, _), guess) in known.takers.iter().zip(guesses) {
+            if guess.logit.is_finite() {
+                sequences[*index].draft = Some(guess.token);
             }
         }
     }
 
-    async fn run_module(&self, drafter: &Drafter, known: &Known, x: &Hidden, spent: &Spent) -> Option<Vec<f32>> {
+    async fn run_module(&self, drafter: &Drafter, known: &Known, x: &Hidden, spent: &Spent) -> Option<Vec<Greatest>> {
         let Drafter { mtp, .. } = drafter;
         let (batch, input) = spent.computing(|| {
             let hidden = self.transformer.final_norm(&x.at(&known.rows));
@@ -84,7 +83,7 @@ impl Engine {
         let deadline = Instant::now() + PATIENCE;
         let x = pass::layer(self.machine(), mtp.block(), input, &batch, deadline, spent).await.ok()?;
         let last: Vec<usize> = known.takers.iter().map(|(_, row)| *row).collect();
-        Some(if last.is_empty() { Vec::new() } else { spent.computing(|| mtp.logits(&x, &last)) })
+        Some(if last.is_empty() { Vec::new() } else { spent.computing(|| mtp.greatest(&x, &last)) })
     }
 }
 

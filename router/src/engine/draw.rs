@@ -1,10 +1,11 @@
 //! From a sequence's logits to what its reader is told.
 //!
-//! In: the logits that a step computed for one sequence. Out: drawn tokens, as events.
+//! In: what a step computed of the next token for one sequence: logits, or the greatest of them alone. Out: drawn tokens, as events.
 //! Never here: other sequences, blocks. What is drawn depends on this request alone.
 
 use conclave_model::{
     grammar,
+    head::Greatest,
     sampler::{self, Context, Logprobs},
     wire,
 };
@@ -14,14 +15,39 @@ use tokio::time::Instant;
 use super::running::Running;
 use crate::sequence::{Event, FinishReason, Timings, TokenLogprob};
 
+/// What the model says of the next token.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Scores<'a> {
+    /// The logits, `[vocab]`.
+    All(&'a [f32]),
+    /// Enough for a sequence that [takes it](Running::takes_greatest).
+    Greatest(Greatest),
+}
+
+impl Scores<'_> {
+    fn finite(self) -> bool {
+        match self {
+            Self::All(logits) => wire::all_finite(logits),
+            Self::Greatest(greatest) => greatest.logit.is_finite(),
+        }
+    }
+}
+
 impl Running {
-    /// Draws the next token from the first row of `logits` `[1 or 2, vocab]`; and where it is the one that the draft module
-    /// took it to be, the one after it from the second. Whether a draft was right, if there was one.
-    pub(super) fn draw(&mut self, logits: &[f32], vocab: usize) -> Option<bool> {
+    /// Whether the token with the greatest logit is all that it wants to know.
+    pub(super) fn takes_greatest(&self) -> bool {
+        let stop = &self.request.stop;
+        let may_stop = stop.token_ids.is_empty() || self.answered().len() >= stop.min_tokens;
+        self.sampling.takes_greatest() && may_stop && self.constraint.is_none() && !self.request.logprobs.any()
+    }
+
+    /// Draws the next token from `scores`; and where it is the one that the draft module took it to be, the one after it from
+    /// those behind. Whether a draft was right, if there was one.
+    pub(super) fn draw(&mut self, scores: Scores<'_>, behind: Option<Scores<'_>>) -> Option<bool> {
         if self.reader.failed.get() {
             return None;
         }
-        if !wire::all_finite(logits) {
+        if !scores.finite() || !behind.is_none_or(Scores::finite) {
             self.fail_not_finite();
             return None;
         }
@@ -31,8 +57,8 @@ impl Running {
             self.tell(Event::Started { cached_tokens: self.cached_tokens.unwrap_or(0), queue_us, prompt_logprobs });
         }
         let draft = self.draft.take();
-        let token = self.draw_one(&logits[..vocab]);
-        let (draft, second) = draft.zip(logits.get(vocab..2 * vocab))?;
+        let token = self.draw_one(scores);
+        let (draft, second) = draft.zip(behind)?;
         let right = token == Some(draft);
         if right && !self.over {
             self.advance(1);
@@ -62,7 +88,7 @@ impl Running {
     }
 
     /// Draws one token and tells it, or that the answer ends. The token, where it is part of the answer.
-    fn draw_one(&mut self, logits: &[f32]) -> Option<u32> {
+    fn draw_one(&mut self, scores: Scores<'_>) -> Option<u32> {
         let stop = &self.request.stop;
         let forbidden: &[u32] = if self.answered().len() < stop.min_tokens { &stop.token_ids } else { &[] };
         let allowed = match self.constraint.as_mut().map(|constraint| constraint.allowed(&stop.token_ids)) {
@@ -73,7 +99,10 @@ impl Running {
         };
         let answer = self.answered();
         let context = Context { prompt: &self.request.prompt, answer, forbidden, allowed: allowed.as_ref() };
-        let token = sampler::sample(logits, &self.sampling, context);
+        let token = match scores {
+            Scores::All(logits) => sampler::sample(logits, &self.sampling, context),
+            Scores::Greatest(greatest) => greatest.token,
+        };
         let now = Instant::now();
         self.times.first_token.get_or_insert(now);
         self.times.last_token = Some(now);
@@ -81,11 +110,12 @@ impl Running {
             return self.finish(FinishReason::StopToken(token));
         }
         let rules = self.request.logprobs;
-        let (logprob, top) = if rules.any() {
-            let logprobs = Logprobs::new(logits);
-            (Some(logprobs.of(token)), logprobs.top(rules.top))
-        } else {
-            (None, Vec::new())
+        let (logprob, top) = match scores {
+            Scores::All(logits) if rules.any() => {
+                let logprobs = Logprobs::new(logits);
+                (Some(logprobs.of(token)), logprobs.top(rules.top))
+            }
+            _ => (None, Vec::new()),
         };
         self.tokens.push(token);
         self.tell(Event::Token { answer: self.answer, token: TokenLogprob { id: token, logprob, top } });

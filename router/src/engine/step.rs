@@ -16,6 +16,7 @@ use tracing::warn;
 
 use super::{
     Engine, RETRY_AFTER,
+    draw::Scores,
     pass::{self, Spent},
     running::Running,
 };
@@ -150,7 +151,8 @@ impl Engine {
 
     fn try_draw(&self, sequences: &mut Vec<Running>, micro_batch: &MicroBatch, x: &Hidden) {
         let vocab = self.transformer.config().vocab_size;
-        let (mut first, mut rows, mut takers) = (0, Vec::new(), Vec::new());
+        let (mut first, mut takers) = (0, Vec::new());
+        let (mut of_all, mut of_greatest) = (Vec::new(), Vec::new());
         for grant in &micro_batch.members {
             let sequence = &mut sequences[grant.index];
             if sequence.wants_prompt_logprobs() {
@@ -159,35 +161,44 @@ impl Engine {
             let known = grant.tokens.min(sequence.pending());
             if known == sequence.pending() {
                 // The last known token's row, and the draft's behind it.
+                let takes_greatest = sequence.takes_greatest();
+                let rows = if takes_greatest { &mut of_greatest } else { &mut of_all };
+                takers.push((grant.index, takes_greatest, rows.len(), known < grant.tokens));
                 rows.extend(first + known - 1..first + grant.tokens);
-                takers.push((grant.index, grant.tokens - known + 1));
             }
             sequence.advance(known);
             first += grant.tokens;
         }
+        if takers.is_empty() {
+            return;
+        }
         // One product for all: the head is as large as the vocabulary.
-        let head = || self.transformer.logits(x, &rows);
-        let logits = if rows.is_empty() { Vec::new() } else { self.machine().phases().timed(Phase::Head, head) };
-        let mut logits = logits.as_slice();
+        let (logits, greatest) = self.machine().phases().timed(Phase::Head, || {
+            let logits = if of_all.is_empty() { Vec::new() } else { self.transformer.logits(x, &of_all) };
+            let greatest = if of_greatest.is_empty() { Vec::new() } else { self.transformer.greatest(x, &of_greatest) };
+            (logits, greatest)
+        });
         self.machine().phases().timed(Phase::Sample, || {
-            for (index, rows) in takers {
-                let (own, rest) = logits.split_at(rows * vocab);
-                logits = rest;
-                self.draw_answers(sequences, index, own, vocab);
+            for (index, takes_greatest, row, has_draft) in takers {
+                let scores = |row: usize| match takes_greatest {
+                    true => Scores::Greatest(greatest[row]),
+                    false => Scores::All(&logits[row * vocab..][..vocab]),
+                };
+                self.draw_answers(sequences, index, scores(row), has_draft.then(|| scores(row + 1)));
             }
         });
     }
 
     /// Draws for one sequence; at its first token also for the request's other answers, which begin here.
-    fn draw_answers(&self, sequences: &mut Vec<Running>, index: usize, logits: &[f32], vocab: usize) {
+    fn draw_answers(&self, sequences: &mut Vec<Running>, index: usize, scores: Scores<'_>, behind: Option<Scores<'_>>) {
         let sequence = &sequences[index];
         let answers = sequence.request.answers;
         let siblings = if sequence.answer == 0 && sequence.times.first_token.is_none() { 1..answers } else { 1..1 };
         let siblings: Vec<Running> = siblings.map(|answer| sequence.sibling(answer, &self.pool, &self.cache)).collect();
-        let right = sequences[index].draw(logits, vocab);
+        let right = sequences[index].draw(scores, behind);
         self.counters.drafted(right);
         for mut sibling in siblings {
-            sibling.draw(logits, vocab);
+            sibling.draw(scores, behind);
             sequences.push(sibling);
         }
     }

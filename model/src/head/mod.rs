@@ -57,7 +57,8 @@ impl Head {
 
     /// Of each row of `x`. Where there is a screen, few logits are computed, and the screen is what is read.
     pub(crate) fn greatest(&self, x: &Tensor) -> Vec<Greatest> {
-        let Some(screen) = &self.screen else {
+        let rows = x.size()[0] as usize;
+        let Some(screen) = self.screen.as_ref().filter(|_| Screen::suits(Isa::best(), rows)) else {
             let (logits, vocab) = (self.logits(x), self.linear.out());
             return logits.chunks_exact(vocab).map(Greatest::of).collect();
         };

@@ -81,6 +81,15 @@ impl Screen {
         (numbers && vocab > 0).then_some(screen)
     }
 
+    /// Whether reading the screen for so many rows costs less than computing all their logits. Where BF16 is multiplied as it is, one
+    /// row's logits cost about what sixteen rows' do, and the screen's whole numbers do not.
+    pub(super) fn suits(isa: Isa, rows: usize) -> bool {
+        match isa {
+            Isa::Amx | Isa::Avx512Bf16 => rows <= ROWS,
+            Isa::Avx512 | Isa::Avx2 | Isa::Portable => true,
+        }
+    }
+
     /// For each of the rows `x` `[T, D]` the tokens that may have the greatest logit, the lowest first; `None` where they are
     /// many, or the row is no numbers.
     pub(super) fn candidates(&self, x: &[f32]) -> Vec<Option<Vec<u32>>> {

@@ -31,6 +31,8 @@ pub(super) const STRIP: usize = 32;
 /// Values of a line that are gone through at once, where what comes next is fetched or scaled. FP8's blocks are of whole
 /// chunks, or are made f32 first, scales and all.
 pub(super) const CHUNK: usize = 128;
+/// For up to so many rows BF16 weights are made f32 on their way into each sum, and once for all above.
+const BF16_IN_PLACE: usize = 16;
 /// Values of sixteen words, at most.
 const MOST_OF_GROUP: usize = 4 * LANES;
 /// Bytes that weights are fetched ahead, at least: what is computed meanwhile takes as long as memory.
@@ -140,7 +142,7 @@ unsafe fn strip_of<L: Lanes>(
                 let start = values.as_ptr().wrapping_add(first * inner);
                 rows_by::<L, f32>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
-            Values::Bf16(values) => {
+            Values::Bf16(values) if x.rows <= BF16_IN_PLACE => {
                 let start = values.as_ptr().wrapping_add(first * inner);
                 rows_by::<L, bf16>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
@@ -148,23 +150,19 @@ unsafe fn strip_of<L: Lanes>(
                 let start = codes.as_ptr().wrapping_add(first * inner);
                 rows_by::<L, u8>(Lines { start, inner, scales, fetch: true }, outs, x, y);
             }
-            Values::Fp8 { codes, block, .. } => {
+            _ => {
                 let inner = x.padded();
                 wide.resize(WIDENED * inner, 0.0);
                 for out in (0..outs).step_by(WIDENED) {
                     let (outs, y) = (WIDENED.min(outs - out), y.wrapping_add(out));
-                    let lines = codes[(first + out) * matrix.inner..].chunks_exact(matrix.inner);
+                    for (line, to) in (first + out..).zip(wide.chunks_exact_mut(inner)).take(outs) {
+                        widen_line::<L>(matrix, line, to);
+                    }
                     let (start, scales) = (wide.as_ptr(), Scales::of(matrix, first + out));
-                    if block.is_multiple_of(CHUNK) {
-                        for (to, line) in wide.chunks_exact_mut(inner).zip(lines).take(outs) {
-                            widen::<L>(line, to);
-                        }
-                        rows_by::<L, Code>(Lines { start: start.cast(), inner, scales, fetch: false }, outs, x, y);
-                    } else {
-                        for (line, to) in (first + out..).zip(wide.chunks_exact_mut(inner)).take(outs) {
-                            scale_line(matrix, line, to);
-                        }
+                    if scales.values.is_empty() {
                         rows_by::<L, f32>(Lines { start, inner, scales, fetch: false }, outs, x, y);
+                    } else {
+                        rows_by::<L, Code>(Lines { start: start.cast(), inner, scales, fetch: false }, outs, x, y);
                     }
                 }
             }
@@ -172,26 +170,46 @@ unsafe fn strip_of<L: Lanes>(
     }
 }
 
-/// A line of codes as f32, without their scales, in the order that rows have, and zeros up to the end of `to`, which is of whole
-/// groups. The next line is fetched meanwhile.
+/// Line `line` of the matrix as f32 in the order that rows have. Codes are without their scales, where blocks are of whole chunks.
 ///
 /// # Safety
 /// The processor has what `L` needs.
 #[inline(always)]
-unsafe fn widen<L: Lanes>(line: &[u8], to: &mut [f32]) {
+unsafe fn widen_line<L: Lanes>(matrix: &Matrix<'_>, line: usize, to: &mut [f32]) {
+    let places = line * matrix.inner..(line + 1) * matrix.inner;
+    match matrix.values {
+        Values::F32(_) => unreachable!("f32 is as wide as it can be"),
+        // SAFETY: the caller's; so below.
+        Values::Bf16(values) => unsafe { widen::<L, bf16>(&values[places], to) },
+        Values::Fp8 { codes, block, .. } if block.is_multiple_of(CHUNK) => {
+            // SAFETY: as above.
+            unsafe { widen::<L, u8>(&codes[places], to) }
+        }
+        Values::Fp8 { .. } => scale_line(matrix, line, to),
+    }
+}
+
+/// A line as f32, and zeros up to the end of `to`, which is of whole groups. The next line is fetched meanwhile.
+///
+/// # Safety
+/// The processor has what `L` needs.
+#[inline(always)]
+unsafe fn widen<L: Lanes, W: Element>(line: &[W], to: &mut [f32]) {
+    let group = LANES * W::PER_WORD;
     fetch_line(line.as_ptr().wrapping_add(line.len()), line.len());
     let mut seen = L::Seen::default();
-    let (whole, last) = line.as_chunks::<MOST_OF_GROUP>();
-    let (to_whole, to_last) = to.split_at_mut(whole.len() * MOST_OF_GROUP);
-    for (to, codes) in to_whole.chunks_exact_mut(MOST_OF_GROUP).zip(whole) {
+    let (whole, rest) = to.split_at_mut(line.len() / group * group);
+    for (to, from) in whole.chunks_exact_mut(group).zip(line.chunks_exact(group)) {
         // SAFETY: a whole group each.
-        unsafe { L::put_codes(codes.as_ptr(), to.as_mut_ptr(), &mut seen) };
+        unsafe { L::put_words(from.as_ptr(), to.as_mut_ptr(), &mut seen) };
     }
-    if !last.is_empty() {
-        let mut codes = [0; MOST_OF_GROUP];
-        codes[..last.len()].copy_from_slice(last);
+    let left = &line[whole.len()..];
+    rest.fill(0.0);
+    if !left.is_empty() {
+        let mut last = [W::default(); MOST_OF_GROUP];
+        last[..left.len()].copy_from_slice(left);
         // SAFETY: as above.
-        unsafe { L::put_codes(codes.as_ptr(), to_last.as_mut_ptr(), &mut seen) };
+        unsafe { L::put_words(last.as_ptr(), rest[..group].as_mut_ptr(), &mut seen) };
     }
     if L::none_among(seen) {
         // A sum with one is none.
@@ -303,7 +321,12 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
         // In the order of memory, whatever the order of use: that is what memory is quick at.
         let following = weights[0].wrapping_add(ahead + at * O);
         let places = inner - at;
-        // SAFETY: lines and rows have these places.
+        if !W::SCALED && !fetch {
+            // SAFETY: lines and rows have these places; so below.
+            unsafe { along(lines, values, places, &mut sums, &mut seen) };
+            break;
+        }
+        // SAFETY: as above.
         unsafe {
             // Of a length that is known beforehand, loops are unrolled.
             if places >= CHUNK {

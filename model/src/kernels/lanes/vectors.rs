@@ -34,11 +34,11 @@ pub(super) trait Lanes: Copy {
         rows: [*const f32; R],
         seen: &mut Self::Seen,
     );
-    /// Sixteen words of codes as f32, in the order that rows have, and seen as above.
+    /// Sixteen words as f32, in the order that rows have, and seen as above.
     ///
     /// # Safety
     /// The words are there, and room for their values.
-    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Self::Seen);
+    unsafe fn put_words<W: Element>(from: *const W, to: *mut f32, seen: &mut Self::Seen);
     fn none_among(seen: Self::Seen) -> bool;
     /// # Safety
     /// There is room for 16 values.
@@ -88,10 +88,10 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
-    unsafe fn put_codes(from: *const u8, to: *mut f32, _seen: &mut ()) {
-        for nth in 0..u8::PER_WORD {
+    unsafe fn put_words<W: Element>(from: *const W, to: *mut f32, _seen: &mut ()) {
+        for nth in 0..W::PER_WORD {
             // SAFETY: the caller's; so below.
-            unsafe { Self(u8::portable(from, nth)).put(to.wrapping_add(nth * LANES)) };
+            unsafe { Self(W::portable(from, nth)).put(to.wrapping_add(nth * LANES)) };
         }
     }
 
@@ -198,14 +198,16 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Seen) {
+    unsafe fn put_words<W: Element>(from: *const W, to: *mut f32, seen: &mut Seen) {
         // SAFETY: the caller's.
         unsafe {
-            for nth in 0..u8::PER_WORD {
-                _mm512_storeu_ps(to.wrapping_add(nth * LANES), u8::avx512(from, nth));
+            for nth in 0..W::PER_WORD {
+                _mm512_storeu_ps(to.wrapping_add(nth * LANES), W::avx512(from, nth));
             }
-            seen.see(from);
-            seen.see(from.wrapping_add(32));
+            if W::CODES {
+                seen.see(from.cast());
+                seen.see(from.cast::<u8>().wrapping_add(32));
+            }
         }
     }
 
@@ -232,8 +234,7 @@ impl Lanes for Avx2 {
     /// A subnormal code is a subnormal number, which AMD's processors multiply nearly as fast as any other; Intel's take a
     /// hundred cycles or two for each, and a trained weight has one in some thousands.
     const CODES: f32 = (1u128 << 120) as f32;
-    /// Taking them apart again for every three rows is quicker than having them come from the second cache, four times as large.
-    const CODES_IN_PLACE: usize = usize::MAX;
+    const CODES_IN_PLACE: usize = 9;
     type Seen = Seen;
 
     #[inline(always)]
@@ -285,15 +286,17 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn put_codes(from: *const u8, to: *mut f32, seen: &mut Seen) {
+    unsafe fn put_words<W: Element>(from: *const W, to: *mut f32, seen: &mut Seen) {
         // SAFETY: the caller's.
         unsafe {
             for half in 0..2 {
-                let from = from.wrapping_add(half * LANES / 2 * u8::PER_WORD);
-                for nth in 0..u8::PER_WORD {
-                    _mm256_storeu_ps(to.wrapping_add(nth * LANES + half * LANES / 2), u8::avx2(from, nth));
+                let from = from.wrapping_add(half * LANES / 2 * W::PER_WORD);
+                for nth in 0..W::PER_WORD {
+                    _mm256_storeu_ps(to.wrapping_add(nth * LANES + half * LANES / 2), W::avx2(from, nth));
                 }
-                seen.see(from);
+                if W::CODES {
+                    seen.see(from.cast());
+                }
             }
         }
     }

@@ -151,10 +151,17 @@ async fn reproducible_bits_do_not_depend_on_who_else_is_computed() {
         request
     };
     let requests: Vec<GenerateRequest> = crowd(config).into_iter().map(logprobs).collect();
-    let together = join_all(requests.iter().map(|request| crowd_client.answer(request.clone()))).await;
-    for (index, (request, together)) in requests.into_iter().zip(together).enumerate() {
+    // Who wants no logprobs has the greatest logit looked for alone, beside those whose logits are all computed.
+    let (together, tokens_only) = tokio::join!(
+        join_all(requests.iter().map(|request| crowd_client.answer(request.clone()))),
+        join_all(crowd(config).into_iter().map(|request| crowd_client.answer(request))),
+    );
+    for (index, (request, (together, tokens_only))) in
+        requests.into_iter().zip(together.into_iter().zip(tokens_only)).enumerate()
+    {
         let alone = quiet.answer(request).await;
         assert_eq!(bits(&alone), bits(&together), "request {index}");
+        assert_eq!(tokens_only.ids(), alone.ids(), "request {index} without logprobs");
     }
 }
 

@@ -37,7 +37,7 @@ mod portable {
         }
         let most = most.into_iter().fold(0.0, f32::max);
         let step = most / 127.0;
-        if step == 0.0 {
+        if step < f32::MIN_POSITIVE {
             // Zeros, or what is next to them; or no numbers.
             codes.fill(0);
             let left =

@@ -110,15 +110,13 @@ impl Screen {
             rows.iter().map(|_| OfPart { most: vec![0.0; worth.len()], known: Known::default() }).collect();
         let mut dots = vec![0; rows.len() * worth.len()];
         for (nth, codes) in codes.chunks_exact(self.inner).enumerate() {
-            for (rows, dots) in rows.chunks(ROWS).zip(dots.chunks_mut(ROWS * worth.len())) {
-                let mut put = |sums: &[i32]| {
-                    sums.iter().enumerate().for_each(|(row, sum)| dots[row * worth.len() + nth] = *sum);
-                };
-                match rows {
-                    [a, b, c, d] => put(&kernels::four_dots(codes, [&a.steps, &b.steps, &c.steps, &d.steps])),
-                    rows => rows.iter().enumerate().for_each(|(row, x)| {
-                        dots[row * worth.len() + nth] = kernels::dot(codes, &x.steps);
-                    }),
+            for (first, rows) in (0..).step_by(ROWS).zip(rows.chunks(ROWS)) {
+                let mut put = |row: usize, dot| dots[(first + row) * worth.len() + nth] = dot;
+                if let [a, b, c, d] = rows {
+                    let four = kernels::four_dots(codes, [&a.steps, &b.steps, &c.steps, &d.steps]);
+                    four.into_iter().enumerate().for_each(|(row, dot)| put(row, dot));
+                } else {
+                    rows.iter().enumerate().for_each(|(row, x)| put(row, kernels::dot(codes, &x.steps)));
                 }
             }
         }
@@ -168,7 +166,7 @@ impl Row {
         let most_steps = MOST_STEPS.min((i32::MAX as usize / 128 / x.len()) as f32).max(1.0);
         let most = x.iter().fold(0f32, |most, value| most.max(value.abs()));
         let step = most / most_steps;
-        if !all_finite(x) || step == 0.0 {
+        if !all_finite(x) || step < f32::MIN_POSITIVE {
             return Self { steps: vec![0; x.len()], worth: Worth::default(), finite: false };
         }
         let (mut left, mut norm) = (0.0, 0.0);

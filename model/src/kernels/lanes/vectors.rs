@@ -24,7 +24,8 @@ pub(super) trait Lanes: Copy {
     fn all(value: f32) -> Self;
     /// `self * by + to`.
     fn times_plus(self, by: Self, to: Self) -> Self;
-    /// `sums += w x`: sixteen words of each of `O` lines by the values of `R` rows that belong to them. What is no number among codes need not come out as such: `seen` tells of it.
+    /// `sums += w x`: sixteen words of each of `O` lines by the values of `R` rows that belong to them. What is no number among
+    /// codes need not come out as such: `seen` tells of it.
     ///
     /// # Safety
     /// The words and values are there.

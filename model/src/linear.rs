@@ -157,13 +157,9 @@ impl Linear {
     /// Columns `outs` of the product of one row, `[1, in]`, as they are among all, f32. On the processor, of a plain weight
     /// without a bias.
     pub(crate) fn some_outputs(&self, x: &Tensor, outs: &[u32]) -> Vec<f32> {
-        let Some(weight) = self.plain() else { unreachable!("only plain weights are asked for some of their rows") };
-        let size = [outs.len() as i64, self.inner()];
-        let some = Tensor::empty(size, (weight.kind(), tch::Device::Cpu));
-        for (row, &out) in (0..).zip(outs) {
-            some.get(row).copy_(&weight.get(i64::from(out)));
-        }
-        let some = Self { weight: Stored::Plain(Weight::owned(some)), bias: None, out: size[0], compute: self.compute };
+        let Stored::Plain(weight) = &self.weight else { unreachable!("only plain weights are asked for some rows") };
+        let weight = Stored::Plain(Weight::owned(weight.some_rows(outs)));
+        let some = Self { weight, bias: None, out: outs.len() as i64, compute: self.compute };
         let [y] = side_by_side([&some], x);
         tensor::rows(&y).to_f32(Isa::best())
     }

@@ -109,18 +109,8 @@ impl Transformer {
 /// The rows `[T, D]` of `tokens` in `embed` `[vocab_size, D]`.
 pub(crate) fn lookup(embed: &Weight, tokens: &[u32]) -> Tensor {
     if embed.device() == Device::Cpu {
-        return gather(embed, tokens);
+        return embed.some_rows(tokens);
     }
     let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
     embed.index_select(0, &placed(&ids, embed.device()))
-}
-
-/// The same by plain copies: libtorch would wake its own threads for it, and they do not go to sleep soon.
-fn gather(embed: &Tensor, tokens: &[u32]) -> Tensor {
-    let size = embed.size()[1];
-    let rows = Tensor::empty([tokens.len() as i64, size], (embed.kind(), Device::Cpu));
-    for (row, &token) in tokens.iter().enumerate() {
-        rows.get(row as i64).copy_(&embed.get(i64::from(token)));
-    }
-    rows
 }

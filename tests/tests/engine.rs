@@ -151,7 +151,7 @@ async fn reproducible_bits_do_not_depend_on_who_else_is_computed() {
         request
     };
     let requests: Vec<GenerateRequest> = crowd(config).into_iter().map(logprobs).collect();
-    // Who wants no logprobs has the greatest logit looked for alone, beside those whose logits are all computed.
+    // Steps of those alone who want no logprobs look for the greatest logit only.
     let (together, tokens_only) = tokio::join!(
         join_all(requests.iter().map(|request| crowd_client.answer(request.clone()))),
         join_all(crowd(config).into_iter().map(|request| crowd_client.answer(request))),

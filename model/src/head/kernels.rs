@@ -6,8 +6,10 @@
 use crate::kernels::{Isa, isa::by_isa};
 
 by_isa! {
-    /// `line` in whole steps of one 127th of its largest value, and what that loses. Not finite where `line` is not.
-    fn quantise(line: &[f32], codes: &mut [i8]) -> crate::head::screen::Worth;
+    /// `line` in whole steps, of which its largest value has 127, and what that loses. Not finite where `line` is not.
+    fn line_in_steps(line: &[f32], codes: &mut [i8]) -> crate::head::screen::Worth;
+    /// The same of a row, whose largest value has `most_steps`.
+    fn row_in_steps(x: &[f32], most_steps: f32, steps: &mut [i16]) -> crate::head::screen::Worth;
     /// The sum of the products of both, which fits.
     fn dot(line: &[i8], x: &[i16]) -> i32;
     /// The same of four rows.
@@ -28,7 +30,17 @@ mod portable {
     const LANES: usize = 32;
 
     #[inline(always)]
-    pub(super) fn quantise(line: &[f32], codes: &mut [i8]) -> Worth {
+    pub(super) fn line_in_steps(line: &[f32], codes: &mut [i8]) -> Worth {
+        in_steps(line, 127.0, codes, |whole| whole as i8)
+    }
+
+    #[inline(always)]
+    pub(super) fn row_in_steps(x: &[f32], most_steps: f32, steps: &mut [i16]) -> Worth {
+        in_steps(x, most_steps, steps, |whole| whole as i16)
+    }
+
+    #[inline(always)]
+    fn in_steps<T: Default>(line: &[f32], most_steps: f32, codes: &mut [T], code_of: impl Fn(f32) -> T) -> Worth {
         let mut most = [0f32; LANES];
         for values in line.chunks(LANES) {
             for (most, value) in most.iter_mut().zip(values) {
@@ -36,10 +48,10 @@ mod portable {
             }
         }
         let most = most.into_iter().fold(0.0, f32::max);
-        let step = most / 127.0;
+        let step = most / most_steps;
         if step < f32::MIN_POSITIVE {
             // Zeros, or what is next to them; or no numbers.
-            codes.fill(0);
+            codes.fill_with(T::default);
             let left =
                 if line.iter().any(|value| value.is_nan()) { f32::NAN } else { most * (line.len() as f32).sqrt() };
             return Worth { step, left, norm: 0.0 };
@@ -50,7 +62,7 @@ mod portable {
             for (((value, code), left), norm) in values.iter().zip(codes).zip(&mut left).zip(&mut norm) {
                 let steps = value / step;
                 let whole = steps.round_ties_even();
-                *code = whole as i8;
+                *code = code_of(whole);
                 *left += (steps - whole) * (steps - whole);
                 *norm += whole * whole;
             }

@@ -73,7 +73,7 @@ impl Screen {
             let (codes, worth) = &mut *parts[part].lock();
             for (nth, (codes, worth)) in codes.chunks_exact_mut(inner).zip(worth.iter_mut()).enumerate() {
                 let values = all.part((part * PART + nth) * inner, inner).to_f32(Isa::best());
-                *worth = kernels::quantise(&values, codes);
+                *worth = kernels::line_in_steps(&values, codes);
             }
         });
         drop(parts);
@@ -150,6 +150,7 @@ struct Row {
     /// p
     steps: Vec<i16>,
     worth: Worth,
+    /// Whether they say anything of the row.
     finite: bool,
 }
 
@@ -164,21 +165,9 @@ impl Row {
     fn of(x: &[f32]) -> Self {
         // No sum of products with a line's numbers may be too large.
         let most_steps = MOST_STEPS.min((i32::MAX as usize / 128 / x.len()) as f32).max(1.0);
-        let most = x.iter().fold(0f32, |most, value| most.max(value.abs()));
-        let step = most / most_steps;
-        if !all_finite(x) || step < f32::MIN_POSITIVE {
-            return Self { steps: vec![0; x.len()], worth: Worth::default(), finite: false };
-        }
-        let (mut left, mut norm) = (0.0, 0.0);
-        let steps = x.iter().map(|value| {
-            let steps = value / step;
-            let whole = steps.round_ties_even();
-            left += (steps - whole) * (steps - whole);
-            norm += whole * whole;
-            whole as i16
-        });
-        let steps = steps.collect();
-        let worth = Worth { step, left: step * f32::sqrt(left), norm: step * f32::sqrt(norm) };
-        Self { steps, worth, finite: (worth.left + worth.norm).is_finite() }
+        let mut steps = vec![0; x.len()];
+        let worth = kernels::row_in_steps(x, most_steps, &mut steps);
+        let finite = all_finite(x) && worth.step >= f32::MIN_POSITIVE && (worth.left + worth.norm).is_finite();
+        Self { steps, worth, finite }
     }
 }

@@ -151,8 +151,8 @@ impl Engine {
 
     fn try_draw(&self, sequences: &mut Vec<Running>, micro_batch: &MicroBatch, x: &Hidden) {
         let vocab = self.transformer.config().vocab_size;
-        let (mut first, mut takers) = (0, Vec::new());
-        let (mut of_all, mut of_greatest) = (Vec::new(), Vec::new());
+        let (mut first, mut rows, mut takers) = (0, Vec::new(), Vec::new());
+        let mut greatest_will_do = true;
         for grant in &micro_batch.members {
             let sequence = &mut sequences[grant.index];
             if sequence.wants_prompt_logprobs() {
@@ -161,10 +161,9 @@ impl Engine {
             let known = grant.tokens.min(sequence.pending());
             if known == sequence.pending() {
                 // The last known token's row, and the draft's behind it.
-                let takes_greatest = sequence.takes_greatest();
-                let rows = if takes_greatest { &mut of_greatest } else { &mut of_all };
-                takers.push((grant.index, takes_greatest, rows.len(), known < grant.tokens));
+                takers.push((grant.index, rows.len(), known < grant.tokens));
                 rows.extend(first + known - 1..first + grant.tokens);
+                greatest_will_do &= sequence.takes_greatest();
             }
             sequence.advance(known);
             first += grant.tokens;
@@ -172,19 +171,18 @@ impl Engine {
         if takers.is_empty() {
             return;
         }
-        // One product for all: the head is as large as the vocabulary.
-        let (logits, greatest) = self.machine().phases().timed(Phase::Head, || {
-            let logits = if of_all.is_empty() { Vec::new() } else { self.transformer.logits(x, &of_all) };
-            let greatest = if of_greatest.is_empty() { Vec::new() } else { self.transformer.greatest(x, &of_greatest) };
-            (logits, greatest)
-        });
+        // One product for all: the head is as large as the vocabulary, and is read whole where one of them wants all logits.
+        let logits;
+        let scores: Vec<Scores<'_>> = if greatest_will_do {
+            let greatest = self.machine().phases().timed(Phase::Head, || self.transformer.greatest(x, &rows));
+            greatest.into_iter().map(Scores::Greatest).collect()
+        } else {
+            logits = self.machine().phases().timed(Phase::Head, || self.transformer.logits(x, &rows));
+            logits.chunks_exact(vocab).map(Scores::All).collect()
+        };
         self.machine().phases().timed(Phase::Sample, || {
-            for (index, takes_greatest, row, has_draft) in takers {
-                let scores = |row: usize| match takes_greatest {
-                    true => Scores::Greatest(greatest[row]),
-                    false => Scores::All(&logits[row * vocab..][..vocab]),
-                };
-                self.draw_answers(sequences, index, scores(row), has_draft.then(|| scores(row + 1)));
+            for (index, row, has_draft) in takers {
+                self.draw_answers(sequences, index, scores[row], has_draft.then(|| scores[row + 1]));
             }
         });
     }

@@ -72,6 +72,55 @@ pub fn encode(rows: &[f32], hidden: usize, encoding: Encoding) -> (Bytes, Bytes)
     (values.into(), scales.into())
 }
 
+/// Rows as they travel, encoded once to whatever number of workers each goes. All of their values are numbers.
+#[derive(Clone, Debug)]
+pub struct Encoded {
+    encoding: Encoding,
+    hidden: usize,
+    values: Vec<u8>,
+    scales: Vec<u8>,
+}
+
+/// A value to be sent is no number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a value is no number")]
+pub struct NotFinite;
+
+impl Encoded {
+    /// Of f32 `[n, hidden]`; each row is looked at and encoded while it is in the nearest cache.
+    pub fn new(rows: &[f32], hidden: usize, encoding: Encoding) -> Result<Self, NotFinite> {
+        let count = rows.len() / hidden.max(1);
+        let mut values = vec![0; encoding.row_bytes(hidden) * count];
+        let mut scales = vec![0; encoding.scale_bytes(hidden) * count];
+        let mut finite = true;
+        let looked_at = rows.chunks_exact(hidden.max(1)).inspect(|row| finite &= all_finite(row));
+        encode_rows(looked_at, hidden, encoding, &mut values, &mut scales);
+        if finite { Ok(Self { encoding, hidden, values, scales }) } else { Err(NotFinite) }
+    }
+
+    /// How.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// n.
+    pub fn count(&self) -> usize {
+        self.values.len() / self.encoding.row_bytes(self.hidden).max(1)
+    }
+
+    /// The bytes of row `nth` below n.
+    pub fn values(&self, nth: u32) -> &[u8] {
+        let length = self.encoding.row_bytes(self.hidden);
+        &self.values[nth as usize * length..][..length]
+    }
+
+    /// The bytes of its scales.
+    pub fn scales(&self, nth: u32) -> &[u8] {
+        let length = self.encoding.scale_bytes(self.hidden);
+        &self.scales[nth as usize * length..][..length]
+    }
+}
+
 /// As [`encode`], rows from wherever they are into where they shall be: `values` and `scales` hold exactly as many.
 pub fn encode_rows<'a>(
     rows: impl Iterator<Item = &'a [f32]>,

@@ -67,6 +67,12 @@ mod portable {
         f32::from_bits(sign | bits)
     }
 
+    /// Bits without their signs.
+    #[inline(always)]
+    fn magnitudes(values: &[f32]) -> impl Iterator<Item = u32> {
+        values.iter().map(|value| value.to_bits() & 0x7fff_ffff)
+    }
+
     #[inline(always)]
     pub(super) fn bf16_encode(values: &[f32], out: &mut [[u8; 2]]) {
         for (out, value) in out.iter_mut().zip(values) {
@@ -83,11 +89,13 @@ mod portable {
 
     #[inline(always)]
     pub(super) fn fp8_encode_block(values: &[f32], out: &mut [u8]) -> f32 {
-        // Bits of positive floats are in the order of the floats. A NaN does not count.
-        let amax = values.iter().fold(0, |amax: u32, value| {
-            let magnitude = value.to_bits() & 0x7fff_ffff;
-            amax.max(if magnitude > INFINITE { 0 } else { magnitude })
-        });
+        // Bits of positive floats are in the order of the floats, and those of a NaN after all of them. It does not count:
+        // where there is one, the numbers are looked at again, for a loop that asks of each is no loop of vectors.
+        let greatest = magnitudes(values).fold(0, u32::max);
+        let amax = match greatest > INFINITE {
+            true => magnitudes(values).filter(|magnitude| *magnitude <= INFINITE).fold(0, u32::max),
+            false => greatest,
+        };
         let scale = f32::from_bits(amax).max(1e-4) / FP8_MAX;
         for (out, value) in out.iter_mut().zip(values) {
             *out = to_e4m3(value / scale);
@@ -118,7 +126,7 @@ mod portable {
 
     #[inline(always)]
     pub(super) fn all_finite(values: &[f32]) -> bool {
-        values.iter().fold(0, |greatest, value| greatest.max(value.to_bits() & 0x7fff_ffff)) < INFINITE
+        magnitudes(values).fold(0, u32::max) < INFINITE
     }
 
     #[inline(always)]

@@ -14,8 +14,17 @@ pub struct Place {
     pub row: u32,
 }
 
+/// One worker's weighted rows.
+#[derive(Clone, Debug)]
+pub struct Partial {
+    /// The rows of the layer that they belong to, ascending.
+    pub rows: Vec<u32>,
+    /// As it came, a row for each.
+    pub answer: Rows,
+}
+
 /// Sums the rows at `places` `[T*K]` with `weights` `[T, K]` in gate order, in f32: the result does not depend on which
-/// worker computed what. One row of sums stays in the nearest cache while its K rows pass.
+/// worker computed what.
 pub fn per_assignment(
     answers: &[Rows],
     places: &[Place],
@@ -23,23 +32,38 @@ pub fn per_assignment(
     experts_per_row: usize,
     hidden: usize,
 ) -> Vec<f32> {
-    let experts_per_row = experts_per_row.max(1);
-    let mut sums = vec![0.0; weights.len() / experts_per_row * hidden];
-    let slots = places.chunks_exact(experts_per_row).zip(weights.chunks_exact(experts_per_row));
-    for (sums, (places, weights)) in sums.chunks_exact_mut(hidden.max(1)).zip(slots) {
-        for (place, weight) in places.iter().zip(weights) {
+    row_by_row(weights.len() / experts_per_row.max(1), hidden, |row, sums| {
+        let slots = row * experts_per_row..(row + 1) * experts_per_row;
+        for (place, weight) in places[slots.clone()].iter().zip(&weights[slots]) {
             answers[place.answer as usize].add_weighted(place.row as usize, *weight, sums);
         }
-    }
-    sums
+    })
 }
 
-/// Adds one worker's weighted rows, which belong to `row_indices`, to `sums` `[T, D]`.
-pub fn add_partial(sums: &mut [f32], row_indices: &[u32], rows: &Rows, hidden: usize) {
-    for (nth, index) in row_indices.iter().enumerate() {
-        // Once a value is itself.
-        rows.add_weighted(nth, 1.0, &mut sums[*index as usize * hidden..][..hidden]);
+/// Sums what belongs to each of `rows` rows, in the order of `partials`.
+pub fn partial_sums(partials: &[Partial], rows: usize, hidden: usize) -> Vec<f32> {
+    // Of each, how many rows have been added.
+    let mut added = vec![0; partials.len()];
+    row_by_row(rows, hidden, |row, sums| {
+        for (partial, added) in partials.iter().zip(&mut added) {
+            if partial.rows.get(*added) == Some(&(row as u32)) {
+                // Once a value is itself.
+                partial.answer.add_weighted(*added, 1.0, sums);
+                *added += 1;
+            }
+        }
+    })
+}
+
+/// `rows` rows of sums from zero, each whole before the next begins: it stays in the nearest cache while what belongs to it
+/// passes, and memory is written once.
+fn row_by_row(rows: usize, hidden: usize, mut add: impl FnMut(usize, &mut [f32])) -> Vec<f32> {
+    let mut sums = Vec::with_capacity(rows * hidden);
+    for row in 0..rows {
+        sums.resize((row + 1) * hidden, 0.0);
+        add(row, &mut sums[row * hidden..]);
     }
+    sums
 }
 
 #[cfg(test)]
@@ -78,20 +102,21 @@ mod tests {
                 }
             }
             prop_assert_eq!(&whole, &plain, "in gate order, whoever had what");
-            let mut sums = vec![0.0; whole.len()];
-            for worker in 0..2 {
+            let partials = [0, 1].map(|worker| {
+                let (mut has, mut sums) = (Vec::new(), Vec::new());
                 for row in 0..4u32 {
-                    let mut partial = vec![0.0; hidden];
-                    for slot in (row as usize * 3)..(row as usize * 3 + 3) {
-                        if owner[slot] == worker {
-                            for d in 0..hidden {
-                                partial[d] += weights[slot] * values[slot * hidden + d];
-                            }
-                        }
+                    let slots = (row as usize * experts_per_row..).take(experts_per_row);
+                    let slots: Vec<usize> = slots.filter(|slot| owner[*slot] == worker).collect();
+                    if !slots.is_empty() {
+                        has.push(row);
+                        let sum = |d| slots.iter().map(|slot| weights[*slot] * values[slot * hidden + d]).sum::<f32>();
+                        sums.extend((0..hidden).map(sum));
                     }
-                    add_partial(&mut sums, &[row], &rows(&partial, hidden), hidden);
                 }
-            }
+                Partial { rows: has, answer: rows(&sums, hidden) }
+            });
+            let sums = partial_sums(&partials, 4, hidden);
+            prop_assert_eq!(sums.len(), whole.len());
             for (a, b) in whole.iter().zip(&sums) {
                 prop_assert!((a - b).abs() < 1e-5);
             }

@@ -7,7 +7,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use conclave_model::{
     gate::Routing,
-    wire::{self, Encoding},
+    wire::{self, Encoded, Encoding, NotFinite},
 };
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
 use serde::{Deserialize, Serialize};
@@ -18,7 +18,7 @@ use super::{
     plan::{Assignment, Most},
     round::Round,
 };
-use crate::{load::SentRows, stall::Stall, workers::Workers};
+use crate::{load::SentRows, phases::Phase, stall::Stall, workers::Workers};
 
 /// Batches that may be sent twice: this share of all, and this many a second whatever that is, counted over so long.
 const HEDGES: (f32, u32, Duration) = (0.2, 10, Duration::from_secs(10));
@@ -120,9 +120,12 @@ impl Exchange {
         routing: &Routing,
         deadline: Instant,
     ) -> Result<Vec<f32>, Error> {
-        if !wire::all_finite(rows) || !wire::all_finite(&routing.weights) {
+        if !wire::all_finite(&routing.weights) {
             return Err(Error::NotFinite { layer });
         }
+        let encode = || Encoded::new(rows, self.hidden, self.encoding);
+        let rows = self.workers.counters().phases.timed(Phase::Encode, encode);
+        let rows = rows.map_err(|NotFinite| Error::NotFinite { layer })?;
         self.sent.count(layer, &routing.expert_ids);
         let per_row = routing.experts_per_row;
         let todo = (0u32..)
@@ -131,7 +134,7 @@ impl Exchange {
             .collect();
         // What a failed step waited for stays told, for requests whose deadline passes at the same moment; the next step
         // that can be planned clears it.
-        Round::new(self, layer, rows, routing, deadline, todo).run().await
+        Round::new(self, layer, &rows, routing, deadline, todo).run().await
     }
 
     /// What fits into one message and its answer, with room for ids and weights.

@@ -10,14 +10,17 @@
 
 use std::{sync::atomic::Ordering::Relaxed, time::Duration};
 
-use conclave_model::{gate::Routing, wire::Rows};
+use conclave_model::{
+    gate::Routing,
+    wire::{Encoded, Rows},
+};
 use conclave_placement::ids::WorkerId;
 use futures::{StreamExt, stream::FuturesUnordered};
 use tokio::time::{Instant, sleep_until};
 use tracing::debug;
 
 use super::{
-    combine::{self, Place},
+    combine::{self, Partial, Place},
     exchange::{Error, Exchange, Hedging, Mode},
     plan::{self, Assignment, Part, Standing},
 };
@@ -33,7 +36,7 @@ const FAILED_PAUSE: Duration = Duration::from_millis(250);
 pub(super) struct Round<'a> {
     exchange: &'a Exchange,
     layer: u32,
-    rows: &'a [f32],
+    rows: &'a Encoded,
     routing: &'a Routing,
     deadline: Instant,
     /// Assignments that are neither back nor on their way.
@@ -51,8 +54,8 @@ pub(super) struct Round<'a> {
     /// Answers as they came, and of each slot where among them its row lies.
     answers: Vec<Rows>,
     slots: Vec<Place>,
-    /// Of partial sums: the first slot, the rows they belong to, and the answer.
-    partials: Vec<(u32, Vec<u32>, Rows)>,
+    /// Of partial sums, each with its first slot.
+    partials: Vec<(u32, Partial)>,
 }
 
 /// A part that was sent.
@@ -120,7 +123,7 @@ impl<'a> Round<'a> {
     pub(super) fn new(
         exchange: &'a Exchange,
         layer: u32,
-        rows: &'a [f32],
+        rows: &'a Encoded,
         routing: &'a Routing,
         deadline: Instant,
         todo: Vec<Assignment>,
@@ -309,13 +312,11 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// Rows leave from where they are: each is read once and written once, into the message that goes out.
+    /// The message that goes out.
     fn dispatch(&self, snapshot: &Snapshot, part: &Part) -> Dispatch {
         let contents = Contents {
             layer: self.layer,
             plan_version: snapshot.plan_version.0,
-            encoding: self.exchange.encoding,
-            hidden: self.exchange.hidden,
             source: self.rows,
             rows: &part.rows,
             row_ids: &part.row_ids,
@@ -389,7 +390,7 @@ impl<'a> Round<'a> {
             }
             Mode::PartialSum => {
                 let first = part.assignments.first().map_or(0, |assignment| assignment.slot);
-                self.partials.push((first, part.rows, rows));
+                self.partials.push((first, Partial { rows: part.rows, answer: rows }));
             }
         }
     }
@@ -423,13 +424,10 @@ impl<'a> Round<'a> {
                 combine::per_assignment(&self.answers, &self.slots, &routing.weights, routing.experts_per_row, hidden)
             }
             Mode::PartialSum => {
-                let mut sums = vec![0.0; self.rows.len()];
                 // In an order that does not depend on who answered first.
-                self.partials.sort_unstable_by_key(|(first_slot, ..)| *first_slot);
-                for (_, indices, rows) in &self.partials {
-                    combine::add_partial(&mut sums, indices, rows, hidden);
-                }
-                sums
+                self.partials.sort_unstable_by_key(|(first_slot, _)| *first_slot);
+                let partials: Vec<Partial> = self.partials.into_iter().map(|(_, partial)| partial).collect();
+                combine::partial_sums(&partials, self.rows.count(), hidden)
             }
         }
     }

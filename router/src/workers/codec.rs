@@ -6,7 +6,7 @@
 use std::{ops::Range, time::Duration};
 
 use bytes::{BufMut, Bytes, BytesMut};
-use conclave_model::wire::{self, Encoding, Rows};
+use conclave_model::wire::{Encoded, Encoding, Rows};
 use conclave_proto::{expert::v1 as pb, integrity};
 use conclave_runtime::stream::{Message, TooLong};
 use prost::{
@@ -34,12 +34,8 @@ pub struct Contents<'a> {
     pub layer: u32,
     /// For the worker's logs.
     pub plan_version: u64,
-    /// How the rows travel, both ways.
-    pub encoding: Encoding,
-    /// D.
-    pub hidden: usize,
-    /// f32 `[T, D]`, of which some are sent.
-    pub source: &'a [f32],
+    /// `[T, D]`, of which some are sent. Answers come back as they travel, but never in 8 bits.
+    pub source: &'a Encoded,
     /// Those, each below T.
     pub rows: &'a [u32],
     /// Per assignment, below the number of rows sent.
@@ -50,14 +46,15 @@ pub struct Contents<'a> {
 const SMALL_FIELDS: usize = 128;
 
 impl Dispatch {
-    /// Each row goes from where it is straight into the message. `expert_ids` and `weights` are per assignment, the latter
+    /// Each row is copied from where it was encoded into the message that leaves. `expert_ids` and `weights` are per assignment, the latter
     /// where one weighted row per row sent is wanted back.
     pub fn new(
         contents: Contents<'_>,
         expert_ids: impl ExactSizeIterator<Item = u16>,
         weights: Option<impl ExactSizeIterator<Item = f32>>,
     ) -> Self {
-        let Contents { layer, plan_version, encoding, hidden, source, rows, row_ids } = contents;
+        let Contents { layer, plan_version, source, rows, row_ids } = contents;
+        let encoding = source.encoding();
         let (assignments, weighted) = (expert_ids.len(), weights.is_some());
         let mode = if weighted { pb::CombineMode::PartialSum } else { pb::CombineMode::PerAssignment };
         // Outputs come back as wide as the router computes: 8 bits are for the way out only.
@@ -72,18 +69,18 @@ impl Dispatch {
             return_encoding: kinds[2],
             ..Default::default()
         };
-        let (values, scales) = (encoding.row_bytes(hidden) * rows.len(), encoding.scale_bytes(hidden) * rows.len());
-        let mut message = Message::with_capacity(SMALL_FIELDS + 10 * assignments + values + scales);
+        let values = || rows.iter().map(|&row| source.values(row));
+        let scales = || rows.iter().map(|&row| source.scales(row));
+        let length = |row: &[u8]| row.len() * rows.len();
+        let (value_bytes, scale_bytes) = (values().next().map_or(0, length), scales().next().map_or(0, length));
+        let mut message = Message::with_capacity(SMALL_FIELDS + 10 * assignments + value_bytes + scale_bytes);
         let body = message.body();
         small.encode_raw(body);
-        let expert_ids = field(body, 9, expert_ids.map(u16::to_le_bytes));
-        let row_ids = field(body, 10, row_ids.iter().map(|id| id.to_le_bytes()));
-        let weights = weights.map_or(0..0, |weights| field(body, 11, weights.map(f32::to_le_bytes)));
-        let scales = room(body, 8, scales);
-        let values = room(body, 7, values);
-        let (before, at_values) = body.split_at_mut(values.start);
-        let rows_of_part = rows.iter().map(|&row| &source[row as usize * hidden..][..hidden]);
-        wire::encode_rows(rows_of_part, hidden, encoding, at_values, &mut before[scales.clone()]);
+        let expert_ids = field(body, 9, 2 * assignments, expert_ids.map(u16::to_le_bytes));
+        let row_ids = field(body, 10, 4 * row_ids.len(), row_ids.iter().map(|id| id.to_le_bytes()));
+        let weights = weights.map_or(0..0, |weights| field(body, 11, 4 * weights.len(), weights.map(f32::to_le_bytes)));
+        let scales = field(body, 8, scale_bytes, scales());
+        let values = field(body, 7, value_bytes, values());
         let fields = [expert_ids, row_ids, weights, scales, values];
         Self { message, fields, layer, kinds, rows: rows.len(), assignments, weighted }
     }
@@ -121,25 +118,13 @@ impl Dispatch {
     }
 }
 
-/// Appends a bytes field of `items`. Says where they lie.
-fn field<const N: usize>(body: &mut BytesMut, tag: u32, items: impl ExactSizeIterator<Item = [u8; N]>) -> Range<usize> {
-    let length = items.len() * N;
-    let at = start(body, tag, length);
-    items.for_each(|item| body.put_slice(&item));
-    at
-}
-
-/// Appends a bytes field of `length` zeros, to be written over.
-fn room(body: &mut BytesMut, tag: u32, length: usize) -> Range<usize> {
-    let at = start(body, tag, length);
-    body.resize(at.end, 0);
-    at
-}
-
-fn start(body: &mut BytesMut, tag: u32, length: usize) -> Range<usize> {
+/// Appends a bytes field of `items`, `length` bytes together. Says where they lie.
+fn field(body: &mut BytesMut, tag: u32, length: usize, items: impl Iterator<Item: AsRef<[u8]>>) -> Range<usize> {
     encode_key(tag, WireType::LengthDelimited, body);
     encode_varint(length as u64, body);
-    body.len()..body.len() + length
+    let start = body.len();
+    items.for_each(|item| body.put_slice(item.as_ref()));
+    start..body.len()
 }
 
 /// What became of a dispatch.
@@ -247,14 +232,15 @@ mod tests {
             let row_ids: Vec<u32> = (0..picked.len() as u32).rev().collect();
             let ids: Vec<u16> = (0..picked.len() as u16).map(|id| id * 300).collect();
             let weights: Vec<f32> = ids.iter().map(|id| f32::from(*id) / 7.0).collect();
-            let contents = Contents { layer, plan_version: 3, encoding, hidden, source: &source, rows: &picked, row_ids: &row_ids };
+            let encoded = Encoded::new(&source, hidden, encoding).unwrap();
+            let contents = Contents { layer, plan_version: 3, source: &encoded, rows: &picked, row_ids: &row_ids };
             let dispatch = Dispatch::new(contents, ids.iter().copied(), weighted.then(|| weights.iter().copied()));
             let sent = dispatch.finish(batch_id, Duration::from_micros(left)).unwrap();
             let read = pb::DispatchBatch::decode(sent.slice(conclave_runtime::stream::HEADER..)).unwrap();
 
             let gathered: Vec<f32> =
                 picked.iter().flat_map(|&row| source[row as usize * hidden..][..hidden].to_vec()).collect();
-            let (values, scales) = wire::encode(&gathered, hidden, encoding);
+            let (values, scales) = conclave_model::wire::encode(&gathered, hidden, encoding);
             let mode = if weighted { pb::CombineMode::PartialSum } else { pb::CombineMode::PerAssignment };
             let back = if encoding == Encoding::F32 { Encoding::F32 } else { Encoding::Bf16 };
             let weights = if weighted { weights } else { Vec::new() };

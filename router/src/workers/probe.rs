@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use conclave_model::wire::Encoding;
+use conclave_model::wire::{Encoded, Encoding};
 use conclave_runtime::stream::{Inbox, Outbox};
 use tokio::time::timeout;
 
@@ -26,15 +26,8 @@ const BATCH_ID: u64 = 0;
 /// Asks, and says what is wrong with the answer. A refusal that speaks of the moment (busy, leaving, not resident) is an answer
 /// to be believed; one that speaks against the worker is none.
 pub(super) async fn ask(canary: Canary, hidden: usize, out: &Outbox, inbound: &mut Inbox) -> Result<(), String> {
-    let contents = Contents {
-        layer: canary.layer,
-        plan_version: 0,
-        encoding: Encoding::F32,
-        hidden,
-        source: &vec![0.0; hidden],
-        rows: &[0],
-        row_ids: &[0],
-    };
+    let zeros = Encoded::new(&vec![0.0; hidden], hidden, Encoding::F32).map_err(|error| error.to_string())?;
+    let contents = Contents { layer: canary.layer, plan_version: 0, source: &zeros, rows: &[0], row_ids: &[0] };
     let dispatch = Dispatch::new(contents, [canary.expert].into_iter(), None::<std::iter::Empty<f32>>);
     let message = dispatch.finish(BATCH_ID, PATIENCE).map_err(|error| error.to_string())?;
     let exchange = async {

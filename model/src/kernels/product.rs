@@ -203,7 +203,7 @@ impl Work {
 pub(super) struct Scratch {
     y: Vec<f32>,
     decoded: Vec<u16>,
-    wide: Vec<f32>,
+    room: Vec<f32>,
     #[cfg(target_arch = "x86_64")]
     tiles: tiles::Scratch,
 }
@@ -233,12 +233,12 @@ impl Scratch {
             },
             // SAFETY: as above.
             Format::Pairs => unsafe { pairs::strip(matrix, first, outs, x, y, &mut self.decoded) },
-            Format::Lanes { .. } => lanes::strip(isa, matrix, first, outs, x, y, &mut self.wide),
+            Format::Lanes { .. } => lanes::strip(isa, matrix, first, outs, x, y, &mut self.room),
         }
         #[cfg(not(target_arch = "x86_64"))]
         {
             let _ = (next, &self.decoded);
-            lanes::strip(isa, matrix, first, outs, x, y, &mut self.wide);
+            lanes::strip(isa, matrix, first, outs, x, y, &mut self.room);
         }
         y
     }
@@ -248,7 +248,7 @@ thread_local! {
     static SCRATCH: RefCell<[Scratch; 2]> = RefCell::new(std::array::from_fn(|_| Scratch {
         y: Vec::new(),
         decoded: Vec::new(),
-        wide: Vec::new(),
+        room: Vec::new(),
         #[cfg(target_arch = "x86_64")]
         tiles: tiles::Scratch::new(),
     }));

@@ -1,8 +1,8 @@
 //! Products on vectors of f32. Weights are read as 32-bit words, one of f32, two of BF16 or four codes of FP8 each, and taken
 //! apart there, by shifts and masks; rows lie in the order that this gives ([`Order`](super::operand::Order)). Every output has sixteen
-//! running sums, one per word of a vector, added up at the end; with FP8 sixteen per block, which then are multiplied by its
-//! scale. In: a strip of outputs and an operand in lanes. Out: f32. Never here: a sum whose order depends on the vectors'
-//! length, so that AVX-512 and AVX2 agree to the bit.
+//! running sums, one per word of a vector, added up at the end. A strip's outputs share the scales of FP8, one per block of the
+//! inner dimension, so it is the rows that are multiplied by them. In: a strip of outputs and an operand in lanes. Out: f32.
+//! Never here: a sum whose order depends on the vectors' length, so that AVX-512 and AVX2 agree to the bit.
 
 mod words;
 mod vectors;
@@ -15,7 +15,7 @@ use half::bf16;
 #[cfg(target_arch = "x86_64")]
 use vectors::{Avx2, Avx512};
 use vectors::{Lanes, Portable};
-use words::{Code, Element};
+use words::Element;
 
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
@@ -37,12 +37,13 @@ const BF16_IN_PLACE: usize = 16;
 const MOST_OF_GROUP: usize = 4 * LANES;
 /// Bytes that weights are fetched ahead, at least: what is computed meanwhile takes as long as memory.
 pub(super) const AHEAD: usize = 8 << 10;
-/// Outputs whose weights are made f32 together, where rows are many: they stay in the core's second cache, and the rows of a
-/// block in its first.
-const WIDENED: usize = 8;
+/// Weights that are made f32 together, where rows are many: so much stays in the core's second cache, and some rows in its
+/// first. Of the longest lines a few, for rows are scaled anew for each such part.
+const WIDENED: usize = 256 << 10;
+const FEWEST_WIDENED: usize = 8;
 
-/// Outputs `first..first + outs` of `x W^T`, at most 32 of them, into `y` `[T, 32]`. `wide` is room for
-/// what is made f32.
+/// Outputs `first..first + outs` of `x W^T`, at most 32 of them, into `y` `[T, 32]`. `room` is for what is made f32, and for rows
+/// times scales.
 pub(super) fn strip(
     isa: Isa,
     matrix: &Matrix<'_>,
@@ -50,17 +51,17 @@ pub(super) fn strip(
     outs: usize,
     x: &View<'_>,
     y: &mut [f32],
-    wide: &mut Vec<f32>,
+    room: &mut Vec<f32>,
 ) {
     assert!(outs <= STRIP && first + outs <= matrix.out && x.inner() == matrix.inner && y.len() >= x.rows * STRIP);
     // SAFETY: an `Isa` is only ever one that this processor has; the sizes were checked above.
     unsafe {
         match isa {
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => strip_avx512(matrix, first, outs, x, y, wide),
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => strip_avx512(matrix, first, outs, x, y, room),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => strip_avx2(matrix, first, outs, x, y, wide),
-            _ => strip_of::<Portable>(matrix, first, outs, x, y, wide),
+            Isa::Avx2 => strip_avx2(matrix, first, outs, x, y, room),
+            _ => strip_of::<Portable>(matrix, first, outs, x, y, room),
         }
     }
 }
@@ -73,52 +74,77 @@ unsafe fn strip_avx512(
     outs: usize,
     x: &View<'_>,
     y: &mut [f32],
-    wide: &mut Vec<f32>,
+    room: &mut Vec<f32>,
 ) {
     // SAFETY: the caller's.
-    unsafe { strip_of::<Avx512>(matrix, first, outs, x, y, wide) }
+    unsafe { strip_of::<Avx512>(matrix, first, outs, x, y, room) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32], wide: &mut Vec<f32>) {
+unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_>, y: &mut [f32], room: &mut Vec<f32>) {
     // SAFETY: the caller's.
-    unsafe { strip_of::<Avx2>(matrix, first, outs, x, y, wide) }
+    unsafe { strip_of::<Avx2>(matrix, first, outs, x, y, room) }
 }
 
 /// Some rows of a matrix, one after the other.
 #[derive(Clone, Copy)]
-struct Lines<'a, W> {
+struct Lines<W> {
     start: *const W,
     inner: usize,
-    scales: Scales<'a>,
+    /// What sums are multiplied by: a power of two.
+    factor: f32,
     /// Whether what comes next is to be fetched: it comes from memory.
     fetch: bool,
 }
 
-/// Scales of the lines' blocks: of which line of the matrix the first is, and how many blocks it has.
+/// The rows of a strip's product, times the strip's scales where it has some.
 #[derive(Clone, Copy)]
-struct Scales<'a> {
-    values: &'a [f32],
+struct Scaled<'a> {
+    x: &'a View<'a>,
+    /// One per block of the inner dimension, or none.
+    scales: &'a [f32],
     block: usize,
-    first: usize,
-    per_line: usize,
+    /// For [`Lanes::ROWS`] of them.
+    room: *mut f32,
 }
 
-impl<'a> Scales<'a> {
-    /// Those of the lines from `first` on; none where there are none, or where lines were made f32 with them.
-    fn of(matrix: &Matrix<'a>, first: usize) -> Self {
+impl<'a> Scaled<'a> {
+    /// For the strip that begins with output `first`. Weights with blocks that are no whole chunks are made f32, scales and all.
+    fn of(x: &'a View<'a>, matrix: &Matrix<'a>, first: usize, room: *mut f32) -> Self {
         match matrix.values {
             Values::Fp8 { scales, block, .. } if block.is_multiple_of(CHUNK) => {
-                Self { values: scales, block, first, per_line: matrix.inner.div_ceil(block) }
+                let per_line = matrix.inner.div_ceil(block);
+                Self { x, scales: &scales[first / block * per_line..][..per_line], block, room }
             }
-            _ => Self { values: &[], block: 1, first: 0, per_line: 0 },
+            _ => Self { x, scales: &[], block: CHUNK, room },
         }
     }
 
-    /// Of the lines' `nth`, one per block.
-    fn of_line(&self, nth: usize) -> &'a [f32] {
-        &self.values[(self.first + nth) / self.block * self.per_line..][..self.per_line]
+    /// `R` rows from `first` on. They take the place of those before.
+    ///
+    /// # Safety
+    /// The rows and the room are there.
+    #[inline(always)]
+    unsafe fn rows<const R: usize>(self, first: usize) -> [*const f32; R] {
+        let mut rows = [std::ptr::null(); R];
+        for (r, given) in rows.iter_mut().enumerate() {
+            *given = self.x.lanes(first + r);
+            if !self.scales.is_empty() {
+                let padded = self.x.padded();
+                // SAFETY: the caller's; so below.
+                let row = unsafe { std::slice::from_raw_parts(*given, padded) };
+                // SAFETY: as above.
+                let to = unsafe { std::slice::from_raw_parts_mut(self.room.wrapping_add(r * padded), padded) };
+                let chunks = row.chunks(CHUNK).zip(to.chunks_mut(CHUNK));
+                for ((row, to), at) in chunks.zip((0..self.x.inner()).step_by(CHUNK)) {
+                    let scale = self.scales[at / self.block];
+                    to.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
+                }
+                *given = to.as_ptr();
+            }
+        }
+        rows
     }
 }
 
@@ -131,39 +157,42 @@ unsafe fn strip_of<L: Lanes>(
     outs: usize,
     x: &View<'_>,
     y: &mut [f32],
-    wide: &mut Vec<f32>,
+    room: &mut Vec<f32>,
 ) {
-    let (inner, scales) = (matrix.inner, Scales::of(matrix, first));
+    let (inner, padded) = (matrix.inner, x.padded());
+    // Whole blocks of outputs.
+    let widened = (WIDENED / size_of::<f32>() / padded / 4 * 4).clamp(FEWEST_WIDENED, STRIP);
+    let needed = (L::ROWS + widened) * padded;
+    if room.len() < needed {
+        room.resize(needed, 0.0);
+    }
+    let (scaled, wide) = room[..needed].split_at_mut(L::ROWS * padded);
+    let rows = Scaled::of(x, matrix, first, scaled.as_mut_ptr());
+    let factor = if rows.scales.is_empty() { 1.0 } else { L::CODES / FOR_CODES };
     let y = y.as_mut_ptr();
     // SAFETY: the caller's, here and below: rows `first..first + outs` are there, and so is what is widened.
     unsafe {
         match matrix.values {
             Values::F32(values) => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, f32>(Lines { start, inner, scales, fetch: true }, outs, x, y);
+                rows_by::<L, f32>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
             }
             Values::Bf16(values) if x.rows <= BF16_IN_PLACE => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, bf16>(Lines { start, inner, scales, fetch: true }, outs, x, y);
+                rows_by::<L, bf16>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
             }
-            Values::Fp8 { codes, block, .. } if x.rows <= L::CODES_IN_PLACE && block.is_multiple_of(CHUNK) => {
+            Values::Fp8 { codes, .. } if x.rows <= L::CODES_IN_PLACE && !rows.scales.is_empty() => {
                 let start = codes.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, u8>(Lines { start, inner, scales, fetch: true }, outs, x, y);
+                rows_by::<L, u8>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
             }
             _ => {
-                let inner = x.padded();
-                wide.resize(WIDENED * inner, 0.0);
-                for out in (0..outs).step_by(WIDENED) {
-                    let (outs, y) = (WIDENED.min(outs - out), y.wrapping_add(out));
-                    for (line, to) in (first + out..).zip(wide.chunks_exact_mut(inner)).take(outs) {
+                for out in (0..outs).step_by(widened) {
+                    let (outs, y) = (widened.min(outs - out), y.wrapping_add(out));
+                    for (line, to) in (first + out..).zip(wide.chunks_exact_mut(padded)).take(outs) {
                         widen_line::<L>(matrix, line, to);
                     }
-                    let (start, scales) = (wide.as_ptr(), Scales::of(matrix, first + out));
-                    if scales.values.is_empty() {
-                        rows_by::<L, f32>(Lines { start, inner, scales, fetch: false }, outs, x, y);
-                    } else {
-                        rows_by::<L, Code>(Lines { start: start.cast(), inner, scales, fetch: false }, outs, x, y);
-                    }
+                    let start = wide.as_ptr();
+                    rows_by::<L, f32>(Lines { start, inner: padded, factor, fetch: false }, outs, rows, y);
                 }
             }
         }
@@ -233,30 +262,32 @@ fn scale_line(matrix: &Matrix<'_>, line: usize, to: &mut [f32]) {
 /// # Safety
 /// The processor has what `L` needs; lines and room are there.
 #[inline(always)]
-unsafe fn rows_by<L: Lanes, W: Element>(lines: Lines<'_, W>, outs: usize, x: &View<'_>, y: *mut f32) {
-    let mut row = 0;
-    while row < x.rows {
-        let left = x.rows - row;
+unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, rows: Scaled<'_>, y: *mut f32) {
+    let (mut row, all) = (0, rows.x.rows);
+    while row < all {
+        let left = all - row;
         // In parts of about one size: one that would be left alone costs as much as two.
-        let rows = left.div_ceil(left.div_ceil(L::ROWS));
+        let part = left.div_ceil(left.div_ceil(L::ROWS));
         let y = y.wrapping_add(row * STRIP);
         // SAFETY: the caller's.
         unsafe {
-            match (rows, L::FOUR, W::CODES) {
+            match (part, L::FOUR, W::CODES) {
                 // What takes codes apart needs registers of its own.
-                (3, false, true) => outs_by::<L, W, 1, 3>(lines, outs, x, row, y),
-                (2, false, true) => outs_by::<L, W, 1, 2>(lines, outs, x, row, y),
-                (_, false, true) => outs_by::<L, W, 1, 1>(lines, outs, x, row, y),
-                (3, false, false) => outs_by::<L, W, 2, 3>(lines, outs, x, row, y),
-                (2, false, false) => outs_by::<L, W, 2, 2>(lines, outs, x, row, y),
-                (_, false, false) => outs_by::<L, W, 2, 1>(lines, outs, x, row, y),
-                (4, true, _) => outs_by::<L, W, 4, 4>(lines, outs, x, row, y),
-                (3, true, _) => outs_by::<L, W, 4, 3>(lines, outs, x, row, y),
-                (2, true, _) => outs_by::<L, W, 4, 2>(lines, outs, x, row, y),
-                (_, true, _) => outs_by::<L, W, 4, 1>(lines, outs, x, row, y),
+                (3, false, true) => outs_by::<L, W, 1, 3>(lines, outs, rows.rows(row), y),
+                (2, false, true) => outs_by::<L, W, 1, 2>(lines, outs, rows.rows(row), y),
+                (_, false, true) => outs_by::<L, W, 1, 1>(lines, outs, rows.rows(row), y),
+                (3, false, false) => outs_by::<L, W, 2, 3>(lines, outs, rows.rows(row), y),
+                (2, false, false) => outs_by::<L, W, 2, 2>(lines, outs, rows.rows(row), y),
+                (_, false, false) => outs_by::<L, W, 2, 1>(lines, outs, rows.rows(row), y),
+                (4, true, _) => outs_by::<L, W, 4, 4>(lines, outs, rows.rows(row), y),
+                (3, true, _) => outs_by::<L, W, 4, 3>(lines, outs, rows.rows(row), y),
+                (2, true, _) => outs_by::<L, W, 4, 2>(lines, outs, rows.rows(row), y),
+                (_, true, _) => outs_by::<L, W, 4, 1>(lines, outs, rows.rows(row), y),
             }
         }
-        row += rows;
+        row += part;
+        // The lines have been fetched by now.
+        lines.fetch = false;
     }
 }
 
@@ -266,22 +297,21 @@ unsafe fn rows_by<L: Lanes, W: Element>(lines: Lines<'_, W>, outs: usize, x: &Vi
 /// As [`rows_by`]'s.
 #[inline(always)]
 unsafe fn outs_by<L: Lanes, W: Element, const O: usize, const R: usize>(
-    lines: Lines<'_, W>,
+    lines: Lines<W>,
     outs: usize,
-    x: &View<'_>,
-    row: usize,
+    rows: [*const f32; R],
     y: *mut f32,
 ) {
     let mut out = 0;
     while out + O <= outs {
         // SAFETY: the caller's; so below.
-        unsafe { block::<L, W, O, R>(lines, out, x, row, y.wrapping_add(out)) };
+        unsafe { block::<L, W, O, R>(lines, out, rows, y.wrapping_add(out)) };
         out += O;
     }
     // Of what is left, one output at a time: the sums are the same.
     while out < outs {
         // SAFETY: as above.
-        unsafe { block::<L, W, 1, R>(lines, out, x, row, y.wrapping_add(out)) };
+        unsafe { block::<L, W, 1, R>(lines, out, rows, y.wrapping_add(out)) };
         out += 1;
     }
 }
@@ -292,58 +322,40 @@ unsafe fn outs_by<L: Lanes, W: Element, const O: usize, const R: usize>(
 /// As [`rows_by`]'s.
 #[inline(always)]
 unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
-    lines: Lines<'_, W>,
+    lines: Lines<W>,
     out: usize,
-    x: &View<'_>,
-    row: usize,
+    rows: [*const f32; R],
     y: *mut f32,
 ) {
-    let Lines { start, inner, scales, fetch } = lines;
+    let Lines { start, inner, factor, fetch } = lines;
     let weights: [*const W; O] = std::array::from_fn(|o| start.wrapping_add((out + o) * inner));
-    let rows: [*const f32; R] = std::array::from_fn(|r| x.lanes(row + r));
-    let scales_of: [&[f32]; O] = std::array::from_fn(|o| scales.of_line(out + o));
-    // Whole blocks of outputs, as many as it takes.
-    let ahead = O * inner * (AHEAD / size_of::<W>()).div_ceil(O * inner);
-    let fetch = fetch && row == 0;
     let mut sums = [[L::all(0.0); R]; O];
     let (mut at, mut seen) = (0, L::Seen::default());
-    while at < inner {
-        let lines = weights.map(|line| line.wrapping_add(at));
-        let values = rows.map(|row| row.wrapping_add(at));
-        let mut factors = [1.0; O];
-        if W::SCALED {
-            // Dividing takes long, and blocks are of one size as a rule.
-            let stretch = if scales.block == CHUNK { at / CHUNK } else { at / scales.block };
-            for o in 0..O {
-                factors[o] = scales_of[o][stretch] * (L::CODES / FOR_CODES);
-            }
-        }
-        // In the order of memory, whatever the order of use: that is what memory is quick at.
-        let following = weights[0].wrapping_add(ahead + at * O);
-        let places = inner - at;
-        if !W::SCALED && !fetch {
+    if fetch {
+        // Whole blocks of outputs, as many as it takes. In the order of memory, whatever the order of use: that is what
+        // memory is quick at.
+        let following = weights[0].wrapping_add(O * inner * (AHEAD / size_of::<W>()).div_ceil(O * inner));
+        // Of a length that is known beforehand, loops are unrolled.
+        while at + CHUNK <= inner {
+            fetch_line(following.wrapping_add(at * O), CHUNK * O);
             // SAFETY: lines and rows have these places; so below.
-            unsafe { along(lines, values, places, &mut sums, &mut seen) };
-            break;
-        }
-        // SAFETY: as above.
-        unsafe {
-            // Of a length that is known beforehand, loops are unrolled.
-            if places >= CHUNK {
-                if fetch {
-                    fetch_line(following, CHUNK * O);
-                }
-                chunk(lines, values, CHUNK, factors, &mut sums, &mut seen);
-            } else {
-                if fetch {
-                    fetch_line(following, places * O);
-                }
-                chunk(lines, values, places, factors, &mut sums, &mut seen);
+            unsafe {
+                along(
+                    weights.map(|line| line.wrapping_add(at)),
+                    rows.map(|row| row.wrapping_add(at)),
+                    CHUNK,
+                    &mut sums,
+                    &mut seen,
+                );
             }
+            at += CHUNK;
         }
-        at += CHUNK;
+        fetch_line(following.wrapping_add(at * O), (inner - at) * O);
     }
-    if W::SCALED && L::none_among(seen) {
+    let (rest, values) = (weights.map(|line| line.wrapping_add(at)), rows.map(|row| row.wrapping_add(at)));
+    // SAFETY: as above.
+    unsafe { along(rest, values, inner - at, &mut sums, &mut seen) };
+    if W::CODES && L::none_among(seen) {
         for o in 0..O {
             // SAFETY: the line is there.
             if unsafe { W::is_none_among(weights[o], inner) } {
@@ -357,45 +369,16 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
             // SAFETY: 16 values; the block lies within `y`.
             unsafe {
                 sum.put(values.as_mut_ptr());
-                y.add(r * STRIP + o).write(add_up(values));
+                y.add(r * STRIP + o).write(add_up(values) * factor);
             }
         }
     }
 }
 
-/// `places` places of `O` lines, no more than a chunk, by `R` rows: times the lines' factors where they have scales, onto `sums`.
+/// `places` places of `O` lines by `R` rows, onto `sums`.
 ///
 /// # Safety
 /// The processor has what `L` needs. Lines have these places, and rows too, up to whole groups of words.
-#[inline(always)]
-unsafe fn chunk<L: Lanes, W: Element, const O: usize, const R: usize>(
-    lines: [*const W; O],
-    rows: [*const f32; R],
-    places: usize,
-    factors: [f32; O],
-    sums: &mut [[L; R]; O],
-    seen: &mut L::Seen,
-) {
-    // SAFETY: the caller's.
-    unsafe {
-        if W::SCALED {
-            let mut of_block = [[L::all(0.0); R]; O];
-            along(lines, rows, places, &mut of_block, seen);
-            for o in 0..O {
-                for r in 0..R {
-                    sums[o][r] = of_block[o][r].times_plus(L::all(factors[o]), sums[o][r]);
-                }
-            }
-        } else {
-            along(lines, rows, places, sums, seen);
-        }
-    }
-}
-
-/// The same, without factors.
-///
-/// # Safety
-/// As [`chunk`]'s.
 #[inline(always)]
 unsafe fn along<L: Lanes, W: Element, const O: usize, const R: usize>(
     lines: [*const W; O],

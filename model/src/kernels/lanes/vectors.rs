@@ -22,8 +22,6 @@ pub(super) trait Lanes: Copy {
     /// The largest codes, their signs apart, that each place has seen.
     type Seen: Copy + Default;
     fn all(value: f32) -> Self;
-    /// `self * by + to`.
-    fn times_plus(self, by: Self, to: Self) -> Self;
     /// `sums += w x`: sixteen words of each of `O` lines by the values of `R` rows that belong to them. What is no number among
     /// codes need not come out as such: `seen` tells of it.
     ///
@@ -59,12 +57,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn all(value: f32) -> Self {
         Self([value; LANES])
-    }
-
-    #[inline(always)]
-    fn times_plus(self, by: Self, to: Self) -> Self {
-        // Rounded twice: without an instruction for it, rounding once would take a hundred times as long.
-        Self(std::array::from_fn(|lane| self.0[lane] * by.0[lane] + to.0[lane]))
     }
 
     #[inline(always)]
@@ -163,12 +155,6 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    fn times_plus(self, by: Self, to: Self) -> Self {
-        // SAFETY: as above.
-        Self(unsafe { _mm512_fmadd_ps(self.0, by.0, to.0) })
-    }
-
-    #[inline(always)]
     unsafe fn add_words<W: Element, const O: usize, const R: usize>(
         sums: &mut [[Self; R]; O],
         lines: [*const W; O],
@@ -242,15 +228,6 @@ impl Lanes for Avx2 {
     fn all(value: f32) -> Self {
         // SAFETY: this type is only used where the processor has AVX2 and FMA; so everywhere below.
         Self(unsafe { [_mm256_set1_ps(value); 2] })
-    }
-
-    #[inline(always)]
-    fn times_plus(self, by: Self, to: Self) -> Self {
-        // SAFETY: as above.
-        unsafe {
-            let (low, high) = ((self.0[0], by.0[0], to.0[0]), (self.0[1], by.0[1], to.0[1]));
-            Self([_mm256_fmadd_ps(low.0, low.1, low.2), _mm256_fmadd_ps(high.0, high.1, high.2)])
-        }
     }
 
     /// One half after the other: sixteen registers do for what is needed at once.

@@ -13,9 +13,7 @@ use crate::{checkpoint::fp8::decode_e4m3, kernels::operand::widen};
 pub(super) trait Element: Copy + Default {
     /// Values of a 32-bit word.
     const PER_WORD: usize;
-    /// Whether it has scales, and its values are codes of FP8, as many times too small as an instruction set says.
-    const SCALED: bool = false;
-    /// Whether they still are bytes, of which two are no numbers.
+    /// Whether they are codes of FP8, of which two are no numbers, and which come as many times too small as an instruction set says.
     const CODES: bool = false;
     /// # Safety
     /// 16 words are there.
@@ -102,7 +100,6 @@ impl Element for bf16 {
 
 impl Element for u8 {
     const PER_WORD: usize = 4;
-    const SCALED: bool = true;
     const CODES: bool = true;
 
     #[inline(always)]
@@ -156,35 +153,5 @@ impl Element for u8 {
     unsafe fn is_none_among(from: *const Self, len: usize) -> bool {
         // SAFETY: the caller's.
         unsafe { std::slice::from_raw_parts(from, len) }.iter().any(|code| code | 0x80 == 0xff)
-    }
-}
-
-/// A code that was made f32 before, and is to be scaled.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-pub(super) struct Code(f32);
-
-impl Element for Code {
-    const PER_WORD: usize = 1;
-    const SCALED: bool = true;
-
-    #[inline(always)]
-    unsafe fn portable(from: *const Self, nth: usize) -> [f32; LANES] {
-        // SAFETY: the caller's; so below.
-        unsafe { f32::portable(from.cast(), nth) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn avx2(from: *const Self, nth: usize) -> __m256 {
-        // SAFETY: as above.
-        unsafe { f32::avx2(from.cast(), nth) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    unsafe fn avx512(from: *const Self, nth: usize) -> __m512 {
-        // SAFETY: as above.
-        unsafe { f32::avx512(from.cast(), nth) }
     }
 }

@@ -72,13 +72,15 @@ pub fn encode(rows: &[f32], hidden: usize, encoding: Encoding) -> (Bytes, Bytes)
     (values.into(), scales.into())
 }
 
-/// Rows as they travel, encoded once to whatever number of workers each goes. All of their values are numbers.
-#[derive(Clone, Debug)]
+/// Rows as they travel, encoded once to whatever number of workers each goes. All of their values were numbers.
+#[derive(Debug)]
 pub struct Encoded {
     encoding: Encoding,
-    hidden: usize,
     values: Vec<u8>,
     scales: Vec<u8>,
+    /// Bytes of a row's.
+    value_bytes: usize,
+    scale_bytes: usize,
 }
 
 /// A value to be sent is no number.
@@ -89,13 +91,18 @@ pub struct NotFinite;
 impl Encoded {
     /// Of f32 `[n, hidden]`; each row is looked at and encoded while it is in the nearest cache.
     pub fn new(rows: &[f32], hidden: usize, encoding: Encoding) -> Result<Self, NotFinite> {
-        let count = rows.len() / hidden.max(1);
-        let mut values = vec![0; encoding.row_bytes(hidden) * count];
-        let mut scales = vec![0; encoding.scale_bytes(hidden) * count];
-        let mut finite = true;
-        let looked_at = rows.chunks_exact(hidden.max(1)).inspect(|row| finite &= all_finite(row));
-        encode_rows(looked_at, hidden, encoding, &mut values, &mut scales);
-        if finite { Ok(Self { encoding, hidden, values, scales }) } else { Err(NotFinite) }
+        let (value_bytes, scale_bytes) = (encoding.row_bytes(hidden), encoding.scale_bytes(hidden));
+        let rows = rows.chunks(hidden.max(1));
+        let (mut values, mut scales) = (vec![0; value_bytes * rows.len()], vec![0; scale_bytes * rows.len()]);
+        let places = values.chunks_mut(value_bytes.max(1)).enumerate();
+        for (row, (nth, values)) in rows.zip(places) {
+            if !all_finite(row) {
+                return Err(NotFinite);
+            }
+            let scales = &mut scales[nth * scale_bytes..][..scale_bytes];
+            encode_rows(std::iter::once(row), hidden, encoding, values, scales);
+        }
+        Ok(Self { encoding, values, scales, value_bytes, scale_bytes })
     }
 
     /// How.
@@ -105,19 +112,22 @@ impl Encoded {
 
     /// n.
     pub fn count(&self) -> usize {
-        self.values.len() / self.encoding.row_bytes(self.hidden).max(1)
+        self.values.len() / self.value_bytes.max(1)
+    }
+
+    /// Bytes of each row's values, and of its scales.
+    pub fn row_bytes(&self) -> [usize; 2] {
+        [self.value_bytes, self.scale_bytes]
     }
 
     /// The bytes of row `nth` below n.
     pub fn values(&self, nth: u32) -> &[u8] {
-        let length = self.encoding.row_bytes(self.hidden);
-        &self.values[nth as usize * length..][..length]
+        &self.values[nth as usize * self.value_bytes..][..self.value_bytes]
     }
 
     /// The bytes of its scales.
     pub fn scales(&self, nth: u32) -> &[u8] {
-        let length = self.encoding.scale_bytes(self.hidden);
-        &self.scales[nth as usize * length..][..length]
+        &self.scales[nth as usize * self.scale_bytes..][..self.scale_bytes]
     }
 }
 
@@ -244,6 +254,24 @@ mod tests {
         assert!(all_finite(&[]) && all_finite(&[0.0, -1.5, f32::MAX, f32::MIN]));
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -f32::NAN] {
             assert!(!all_finite(&[1.0, bad, 2.0]), "{bad}");
+        }
+    }
+
+    #[test]
+    fn rows_with_what_is_no_number_are_not_encoded_and_others_one_by_one() {
+        for encoding in [Encoding::F32, Encoding::Bf16, Encoding::Fp8Block128] {
+            let hidden = 130;
+            let rows: Vec<f32> = (0..3 * hidden).map(|n| n as f32 - 77.0).collect();
+            let (values, scales) = encode(&rows, hidden, encoding);
+            let encoded = Encoded::new(&rows, hidden, encoding).expect("numbers");
+            assert_eq!((encoded.count(), encoded.encoding()), (3, encoding));
+            assert_eq!((0..3).flat_map(|row| encoded.values(row).to_vec()).collect::<Vec<_>>(), values);
+            assert_eq!((0..3).flat_map(|row| encoded.scales(row).to_vec()).collect::<Vec<_>>(), scales);
+            for (bad, at) in [(f32::NAN, 0), (f32::INFINITY, hidden), (f32::NEG_INFINITY, 3 * hidden - 1)] {
+                let mut rows = rows.clone();
+                rows[at] = bad;
+                assert_eq!(Encoded::new(&rows, hidden, encoding).err(), Some(NotFinite), "{bad} at {at}");
+            }
         }
     }
 

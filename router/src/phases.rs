@@ -20,7 +20,7 @@ pub enum Phase {
     Gate,
     /// Which worker each row goes to.
     Plan,
-    /// Rows gathered and encoded for the wire.
+    /// Rows looked at and encoded for the wire, and copied into each message.
     Encode,
     /// The shared experts, computed while the routed ones are away.
     Shared,

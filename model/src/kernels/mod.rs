@@ -1,7 +1,7 @@
 //! Products with stored weights, on the processor.
 //!
 //! In: rows of activations, and weights where and as they are stored: f32 or BF16 in place in the mapped file, FP8 with
-//! its block scales. Out: rows. Never here: a weight copied or expanded beyond the few kilobytes in work; a row whose bits
+//! its block scales. Out: rows. Never here: a weight copied or expanded beyond what a core's own cache holds; a row whose bits
 //! depend on how many rows came along, on which thread computed it, or in which order.
 //!
 //! That last promise is kept by giving every output one order of summation: over the inner dimension, in steps that the

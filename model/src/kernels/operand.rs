@@ -47,6 +47,17 @@ pub(crate) enum Order {
     Quarters,
 }
 
+impl Order {
+    /// As `matrix` is taken apart. Blocks that are no whole chunks are made f32 value by value.
+    pub(super) fn of(matrix: &Matrix<'_>) -> Self {
+        match matrix.values {
+            Values::Bf16(_) => Self::Halves,
+            Values::Fp8 { block, .. } if block.is_multiple_of(lanes::CHUNK) => Self::Quarters,
+            Values::F32(_) | Values::Fp8 { .. } => Self::Plain,
+        }
+    }
+}
+
 /// Words of one vector.
 pub(super) const LANES: usize = 16;
 /// How many times larger values are that meet codes of FP8, for those may come far too small, and products must not be. A power of
@@ -64,14 +75,7 @@ impl Format {
         match (dtype, isa) {
             (Dtype::Bf16, Isa::Amx) if whole_steps => Self::Tiles,
             (Dtype::Bf16, Isa::Amx | Isa::Avx512Bf16) if whole_steps => Self::Pairs,
-            (dtype, _) => Self::Lanes {
-                rounded: dtype == Dtype::Bf16,
-                order: match matrix.values {
-                    Values::Bf16(_) => Order::Halves,
-                    Values::Fp8 { block, .. } if block.is_multiple_of(lanes::CHUNK) => Order::Quarters,
-                    Values::F32(_) | Values::Fp8 { .. } => Order::Plain,
-                },
-            },
+            (dtype, _) => Self::Lanes { rounded: dtype == Dtype::Bf16, order: Order::of(matrix) },
         }
     }
 }

@@ -295,7 +295,7 @@ pub(super) mod tests {
             0 => Stored::F32(values.to_vec()),
             1 => Stored::Bf16(values.iter().map(|value| bf16::from_f32(*value)).collect()),
             _ => {
-                let block = if which == 2 { 128 } else { 64 };
+                let block = [128, 64, 256][which - 2];
                 let scales = (0..out.div_ceil(block) * inner.div_ceil(block)).map(|block| 0.25 + block as f32 * 0.37);
                 Stored::Fp8(values.iter().map(|value| encode_e4m3(value * 3.0)).collect(), scales.collect(), block)
             }
@@ -333,6 +333,37 @@ pub(super) mod tests {
         values.iter().map(|value| value.to_bits()).collect()
     }
 
+    /// Every kernel computes the product, and a row alone what it does among others.
+    fn holds(
+        seed: u64,
+        rows: usize,
+        [out, inner]: [usize; 2],
+        which: usize,
+        dtype: Dtype,
+    ) -> Result<(), TestCaseError> {
+        let weights = stored(&numbers(seed, out * inner), out, inner, which);
+        let matrix = weights.matrix(out, inner);
+        let mut x = numbers(!seed, rows * inner);
+        if dtype == Dtype::Bf16 {
+            x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
+        }
+        let bias = numbers(seed ^ 7, out);
+        let (right, most) = (reference::product(&x, &matrix), reference::magnitude(&x, &matrix));
+        for isa in Isa::available() {
+            let y = multiply(isa, dtype, &x, &matrix, Some(&bias));
+            for (at, y) in y.iter().enumerate() {
+                let bias = f64::from(bias[at % out]);
+                let off = (f64::from(*y) - right[at] - bias).abs();
+                prop_assert!(off <= 1e-6 * (most[at] + bias.abs()) + 1e-30, "{isa:?} {at}: {y} {}", right[at] + bias);
+            }
+            for row in [0, rows / 2, rows - 1] {
+                let alone = multiply(isa, dtype, &x[row * inner..][..inner], &matrix, Some(&bias));
+                prop_assert_eq!(bits(&alone), bits(&y[row * out..][..out]), "{:?} row {} of {}", isa, row, rows);
+            }
+        }
+        Ok(())
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(48))]
 
@@ -342,30 +373,20 @@ pub(super) mod tests {
             rows in 1usize..70,
             out in 1usize..150,
             inner in prop_oneof![2 => 1usize..400, 1 => 600usize..1500],
-            which in 0usize..4,
+            which in 0usize..5,
             f32_model: bool,
         ) {
             team::gather(2);
-            let dtype = if f32_model { Dtype::F32 } else { Dtype::Bf16 };
-            let weights = stored(&numbers(seed, out * inner), out, inner, which);
-            let matrix = weights.matrix(out, inner);
-            let mut x = numbers(!seed, rows * inner);
-            if !f32_model {
-                x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32());
-            }
-            let bias = numbers(seed ^ 7, out);
-            let (right, most) = (reference::product(&x, &matrix), reference::magnitude(&x, &matrix));
-            for isa in Isa::available() {
-                let y = multiply(isa, dtype, &x, &matrix, Some(&bias));
-                for (at, y) in y.iter().enumerate() {
-                    let bias = f64::from(bias[at % out]);
-                    let off = (f64::from(*y) - right[at] - bias).abs();
-                    prop_assert!(off <= 1e-6 * (most[at] + bias.abs()) + 1e-30, "{isa:?} {at}: {y} {}", right[at] + bias);
-                }
-                for row in [0, rows / 2, rows - 1] {
-                    let alone = multiply(isa, dtype, &x[row * inner..][..inner], &matrix, Some(&bias));
-                    prop_assert_eq!(bits(&alone), bits(&y[row * out..][..out]), "{:?} row {} of {}", isa, row, rows);
-                }
+            holds(seed, rows, [out, inner], which, if f32_model { Dtype::F32 } else { Dtype::Bf16 })?;
+        }
+    }
+
+    /// Of those fewer weights than a strip has are made f32 at once.
+    #[test]
+    fn long_lines_are_multiplied_like_short_ones() {
+        for (which, inner) in (1..5).flat_map(|which| [2_200, 7_000].map(|inner| (which, inner))) {
+            for dtype in [Dtype::F32, Dtype::Bf16] {
+                holds(3, 20, [70, inner], which, dtype).unwrap_or_else(|error| panic!("{error}"));
             }
         }
     }
@@ -373,7 +394,7 @@ pub(super) mod tests {
     #[test]
     fn avx2_and_avx512_agree_to_the_bit_on_vectors_of_f32() {
         let here: Vec<Isa> = Isa::available().filter(|isa| matches!(isa, Isa::Avx2 | Isa::Avx512)).collect();
-        for which in 0..4 {
+        for which in 0..5 {
             let weights = stored(&numbers(5, 77 * 300), 77, 300, which);
             let matrix = weights.matrix(77, 300);
             let x = numbers(6, 5 * 300);

@@ -1,7 +1,7 @@
 //! Loops over a row's values: f32 slices and wire bytes come in, the other goes out. Lengths are the caller's business:
 //! what has no partner is not looked at. Never here: rows, scales of a whole message, what came over the network.
 //!
-//! Each loop is written once, without a branch, so that the compiler makes vectors of it; and it is compiled three times,
+//! Each loop is written once, without a branch a value, so that the compiler makes vectors of it; and it is compiled three times,
 //! for AVX-512, for AVX2 and for any machine, of which the best is taken at run time. Rust never contracts or reorders
 //! float operations, so the three agree bit for bit by construction, and the tests hold them to `reference` beside them.
 

@@ -17,7 +17,7 @@ pub struct Place {
 /// One worker's weighted rows.
 #[derive(Clone, Debug)]
 pub struct Partial {
-    /// The rows of the layer that they belong to, ascending.
+    /// The rows of the layer that they belong to, each below T, ascending and each once.
     pub rows: Vec<u32>,
     /// As it came, a row for each.
     pub answer: Rows,
@@ -40,11 +40,11 @@ pub fn per_assignment(
     })
 }
 
-/// Sums what belongs to each of `rows` rows, in the order of `partials`.
+/// Sums what belongs to each of `rows` rows (T), in the order of `partials`.
 pub fn partial_sums(partials: &[Partial], rows: usize, hidden: usize) -> Vec<f32> {
     // Of each, how many rows have been added.
     let mut added = vec![0; partials.len()];
-    row_by_row(rows, hidden, |row, sums| {
+    let sums = row_by_row(rows, hidden, |row, sums| {
         for (partial, added) in partials.iter().zip(&mut added) {
             if partial.rows.get(*added) == Some(&(row as u32)) {
                 // Once a value is itself.
@@ -52,7 +52,9 @@ pub fn partial_sums(partials: &[Partial], rows: usize, hidden: usize) -> Vec<f32
                 *added += 1;
             }
         }
-    })
+    });
+    debug_assert!(partials.iter().zip(added).all(|(partial, added)| added == partial.rows.len()), "no row is left out");
+    sums
 }
 
 /// `rows` rows of sums from zero, each whole before the next begins: it stays in the nearest cache while what belongs to it

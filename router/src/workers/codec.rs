@@ -46,7 +46,7 @@ pub struct Contents<'a> {
 const SMALL_FIELDS: usize = 128;
 
 impl Dispatch {
-    /// Each row is copied from where it was encoded into the message that leaves. `expert_ids` and `weights` are per assignment, the latter
+    /// Each row is copied from where it was encoded. `expert_ids` and `weights` are per assignment, the latter
     /// where one weighted row per row sent is wanted back.
     pub fn new(
         contents: Contents<'_>,
@@ -69,18 +69,15 @@ impl Dispatch {
             return_encoding: kinds[2],
             ..Default::default()
         };
-        let values = || rows.iter().map(|&row| source.values(row));
-        let scales = || rows.iter().map(|&row| source.scales(row));
-        let length = |row: &[u8]| row.len() * rows.len();
-        let (value_bytes, scale_bytes) = (values().next().map_or(0, length), scales().next().map_or(0, length));
+        let [value_bytes, scale_bytes] = source.row_bytes().map(|bytes| bytes * rows.len());
         let mut message = Message::with_capacity(SMALL_FIELDS + 10 * assignments + value_bytes + scale_bytes);
         let body = message.body();
         small.encode_raw(body);
         let expert_ids = field(body, 9, 2 * assignments, expert_ids.map(u16::to_le_bytes));
         let row_ids = field(body, 10, 4 * row_ids.len(), row_ids.iter().map(|id| id.to_le_bytes()));
         let weights = weights.map_or(0..0, |weights| field(body, 11, 4 * weights.len(), weights.map(f32::to_le_bytes)));
-        let scales = field(body, 8, scale_bytes, scales());
-        let values = field(body, 7, value_bytes, values());
+        let scales = field(body, 8, scale_bytes, rows.iter().map(|&row| source.scales(row)));
+        let values = field(body, 7, value_bytes, rows.iter().map(|&row| source.values(row)));
         let fields = [expert_ids, row_ids, weights, scales, values];
         Self { message, fields, layer, kinds, rows: rows.len(), assignments, weighted }
     }
@@ -124,6 +121,7 @@ fn field(body: &mut BytesMut, tag: u32, length: usize, items: impl Iterator<Item
     encode_varint(length as u64, body);
     let start = body.len();
     items.for_each(|item| body.put_slice(item.as_ref()));
+    debug_assert_eq!(body.len() - start, length, "as long as was said before");
     start..body.len()
 }
 

@@ -22,7 +22,7 @@ use super::tiles;
 use super::{
     isa::Isa,
     matrix::{Matrix, Values},
-    operand::{FOR_CODES, LANES, View},
+    operand::{FOR_CODES, LANES, Order, View},
 };
 use crate::checkpoint::fp8::decode_e4m3;
 
@@ -31,15 +31,17 @@ pub(super) const STRIP: usize = 32;
 /// Values of a line that are gone through at once, where what comes next is fetched or scaled. FP8's blocks are of whole
 /// chunks, or are made f32 first, scales and all.
 pub(super) const CHUNK: usize = 128;
+/// So a strip has outputs of one block.
+const _: () = assert!(CHUNK.is_multiple_of(STRIP));
 /// For up to so many rows BF16 weights are made f32 on their way into each sum, and once for all above.
 const BF16_IN_PLACE: usize = 16;
 /// Values of sixteen words, at most.
 const MOST_OF_GROUP: usize = 4 * LANES;
 /// Bytes that weights are fetched ahead, at least: what is computed meanwhile takes as long as memory.
 pub(super) const AHEAD: usize = 8 << 10;
-/// Weights that are made f32 together, where rows are many: so much stays in the core's second cache, and some rows in its
-/// first. Of the longest lines a few, for rows are scaled anew for each such part.
+/// Bytes of weights that are made f32 together, where rows are many: so much stays in the core's second cache.
 const WIDENED: usize = 256 << 10;
+/// Outputs that are, at least: rows are scaled anew for each such part.
 const FEWEST_WIDENED: usize = 8;
 
 /// Outputs `first..first + outs` of `x W^T`, at most 32 of them, into `y` `[T, 32]`. `room` is for what is made f32, and for rows
@@ -53,7 +55,8 @@ pub(super) fn strip(
     y: &mut [f32],
     room: &mut Vec<f32>,
 ) {
-    assert!(outs <= STRIP && first + outs <= matrix.out && x.inner() == matrix.inner && y.len() >= x.rows * STRIP);
+    assert!(first.is_multiple_of(STRIP) && outs <= STRIP && first + outs <= matrix.out);
+    assert!(x.inner() == matrix.inner && y.len() >= x.rows * STRIP);
     // SAFETY: an `Isa` is only ever one that this processor has; the sizes were checked above.
     unsafe {
         match isa {
@@ -92,53 +95,50 @@ unsafe fn strip_avx2(matrix: &Matrix<'_>, first: usize, outs: usize, x: &View<'_
 struct Lines<W> {
     start: *const W,
     inner: usize,
-    /// What sums are multiplied by: a power of two.
-    factor: f32,
     /// Whether what comes next is to be fetched: it comes from memory.
     fetch: bool,
 }
 
 /// The rows of a strip's product, times the strip's scales where it has some.
-#[derive(Clone, Copy)]
 struct Scaled<'a> {
     x: &'a View<'a>,
-    /// One per block of the inner dimension, or none.
-    scales: &'a [f32],
-    block: usize,
+    /// One per block of the inner dimension, and a block's length.
+    scales: Option<(&'a [f32], usize)>,
     /// For [`Lanes::ROWS`] of them.
-    room: *mut f32,
+    room: &'a mut [f32],
+    /// What sums are multiplied by then: a power of two.
+    factor: f32,
 }
 
 impl<'a> Scaled<'a> {
-    /// For the strip that begins with output `first`. Weights with blocks that are no whole chunks are made f32, scales and all.
-    fn of(x: &'a View<'a>, matrix: &Matrix<'a>, first: usize, room: *mut f32) -> Self {
+    /// For the strip that begins with output `first`. There need be no room where there are no scales.
+    fn of<L: Lanes>(x: &'a View<'a>, matrix: &Matrix<'a>, first: usize, room: &'a mut [f32]) -> Self {
         match matrix.values {
-            Values::Fp8 { scales, block, .. } if block.is_multiple_of(CHUNK) => {
+            Values::Fp8 { scales, block, .. } if Order::of(matrix) == Order::Quarters => {
                 let per_line = matrix.inner.div_ceil(block);
-                Self { x, scales: &scales[first / block * per_line..][..per_line], block, room }
+                let scales = Some((&scales[first / block * per_line..][..per_line], block));
+                Self { x, scales, room, factor: L::CODES / FOR_CODES }
             }
-            _ => Self { x, scales: &[], block: CHUNK, room },
+            _ => Self { x, scales: None, room, factor: 1.0 },
         }
     }
 
     /// `R` rows from `first` on. They take the place of those before.
     ///
     /// # Safety
-    /// The rows and the room are there.
+    /// The operand has these rows.
     #[inline(always)]
-    unsafe fn rows<const R: usize>(self, first: usize) -> [*const f32; R] {
+    unsafe fn rows<const R: usize>(&mut self, first: usize) -> [*const f32; R] {
+        let (padded, inner) = (self.x.padded(), self.x.inner());
         let mut rows = [std::ptr::null(); R];
         for (r, given) in rows.iter_mut().enumerate() {
             *given = self.x.lanes(first + r);
-            if !self.scales.is_empty() {
-                let padded = self.x.padded();
-                // SAFETY: the caller's; so below.
+            if let Some((scales, block)) = self.scales {
+                // SAFETY: the caller's; a row is as long as that.
                 let row = unsafe { std::slice::from_raw_parts(*given, padded) };
-                // SAFETY: as above.
-                let to = unsafe { std::slice::from_raw_parts_mut(self.room.wrapping_add(r * padded), padded) };
-                let chunks = row.chunks(CHUNK).zip(to.chunks_mut(CHUNK));
-                for ((row, to), at) in chunks.zip((0..self.x.inner()).step_by(CHUNK)) {
-                    let scale = self.scales[at / self.block];
+                let to = &mut self.room[r * padded..][..padded];
+                for ((row, to), at) in row.chunks(CHUNK).zip(to.chunks_mut(CHUNK)).zip((0..inner).step_by(CHUNK)) {
+                    let scale = scales[at / block];
                     to.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
                 }
                 *given = to.as_ptr();
@@ -146,6 +146,14 @@ impl<'a> Scaled<'a> {
         }
         rows
     }
+}
+
+/// So many values, whatever they are.
+fn grown(room: &mut Vec<f32>, values: usize) -> &mut [f32] {
+    if room.len() < values {
+        room.resize(values, 0.0);
+    }
+    &mut room[..values]
 }
 
 /// # Safety
@@ -160,39 +168,36 @@ unsafe fn strip_of<L: Lanes>(
     room: &mut Vec<f32>,
 ) {
     let (inner, padded) = (matrix.inner, x.padded());
-    // Whole blocks of outputs.
-    let widened = (WIDENED / size_of::<f32>() / padded / 4 * 4).clamp(FEWEST_WIDENED, STRIP);
-    let needed = (L::ROWS + widened) * padded;
-    if room.len() < needed {
-        room.resize(needed, 0.0);
-    }
-    let (scaled, wide) = room[..needed].split_at_mut(L::ROWS * padded);
-    let rows = Scaled::of(x, matrix, first, scaled.as_mut_ptr());
-    let factor = if rows.scales.is_empty() { 1.0 } else { L::CODES / FOR_CODES };
     let y = y.as_mut_ptr();
     // SAFETY: the caller's, here and below: rows `first..first + outs` are there, and so is what is widened.
     unsafe {
         match matrix.values {
             Values::F32(values) => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, f32>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
+                let x = &mut Scaled::of::<L>(x, matrix, first, &mut []);
+                rows_by::<L, f32>(Lines { start, inner, fetch: true }, outs, x, y);
             }
             Values::Bf16(values) if x.rows <= BF16_IN_PLACE => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, bf16>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
+                let x = &mut Scaled::of::<L>(x, matrix, first, &mut []);
+                rows_by::<L, bf16>(Lines { start, inner, fetch: true }, outs, x, y);
             }
-            Values::Fp8 { codes, .. } if x.rows <= L::CODES_IN_PLACE && !rows.scales.is_empty() => {
+            Values::Fp8 { codes, .. } if x.rows <= L::CODES_IN_PLACE && Order::of(matrix) == Order::Quarters => {
                 let start = codes.as_ptr().wrapping_add(first * inner);
-                rows_by::<L, u8>(Lines { start, inner, factor, fetch: true }, outs, rows, y);
+                let x = &mut Scaled::of::<L>(x, matrix, first, grown(room, L::ROWS * padded));
+                rows_by::<L, u8>(Lines { start, inner, fetch: true }, outs, x, y);
             }
             _ => {
+                // Whole blocks of outputs.
+                let widened = (WIDENED / size_of::<f32>() / padded / 4 * 4).clamp(FEWEST_WIDENED, STRIP);
+                let (wide, room) = grown(room, (widened + L::ROWS) * padded).split_at_mut(widened * padded);
+                let x = &mut Scaled::of::<L>(x, matrix, first, room);
                 for out in (0..outs).step_by(widened) {
                     let (outs, y) = (widened.min(outs - out), y.wrapping_add(out));
                     for (line, to) in (first + out..).zip(wide.chunks_exact_mut(padded)).take(outs) {
                         widen_line::<L>(matrix, line, to);
                     }
-                    let start = wide.as_ptr();
-                    rows_by::<L, f32>(Lines { start, inner: padded, factor, fetch: false }, outs, rows, y);
+                    rows_by::<L, f32>(Lines { start: wide.as_ptr(), inner: padded, fetch: false }, outs, x, y);
                 }
             }
         }
@@ -210,7 +215,7 @@ unsafe fn widen_line<L: Lanes>(matrix: &Matrix<'_>, line: usize, to: &mut [f32])
         Values::F32(_) => unreachable!("f32 is as wide as it can be"),
         // SAFETY: the caller's; so below.
         Values::Bf16(values) => unsafe { widen::<L, bf16>(&values[places], to) },
-        Values::Fp8 { codes, block, .. } if block.is_multiple_of(CHUNK) => {
+        Values::Fp8 { codes, .. } if Order::of(matrix) == Order::Quarters => {
             // SAFETY: as above.
             unsafe { widen::<L, u8>(&codes[places], to) }
         }
@@ -262,8 +267,8 @@ fn scale_line(matrix: &Matrix<'_>, line: usize, to: &mut [f32]) {
 /// # Safety
 /// The processor has what `L` needs; lines and room are there.
 #[inline(always)]
-unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, rows: Scaled<'_>, y: *mut f32) {
-    let (mut row, all) = (0, rows.x.rows);
+unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, x: &mut Scaled<'_>, y: *mut f32) {
+    let (mut row, all, factor) = (0, x.x.rows, x.factor);
     while row < all {
         let left = all - row;
         // In parts of about one size: one that would be left alone costs as much as two.
@@ -273,16 +278,16 @@ unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, rows: 
         unsafe {
             match (part, L::FOUR, W::CODES) {
                 // What takes codes apart needs registers of its own.
-                (3, false, true) => outs_by::<L, W, 1, 3>(lines, outs, rows.rows(row), y),
-                (2, false, true) => outs_by::<L, W, 1, 2>(lines, outs, rows.rows(row), y),
-                (_, false, true) => outs_by::<L, W, 1, 1>(lines, outs, rows.rows(row), y),
-                (3, false, false) => outs_by::<L, W, 2, 3>(lines, outs, rows.rows(row), y),
-                (2, false, false) => outs_by::<L, W, 2, 2>(lines, outs, rows.rows(row), y),
-                (_, false, false) => outs_by::<L, W, 2, 1>(lines, outs, rows.rows(row), y),
-                (4, true, _) => outs_by::<L, W, 4, 4>(lines, outs, rows.rows(row), y),
-                (3, true, _) => outs_by::<L, W, 4, 3>(lines, outs, rows.rows(row), y),
-                (2, true, _) => outs_by::<L, W, 4, 2>(lines, outs, rows.rows(row), y),
-                (_, true, _) => outs_by::<L, W, 4, 1>(lines, outs, rows.rows(row), y),
+                (3, false, true) => outs_by::<L, W, 1, 3>(lines, outs, x.rows(row), factor, y),
+                (2, false, true) => outs_by::<L, W, 1, 2>(lines, outs, x.rows(row), factor, y),
+                (_, false, true) => outs_by::<L, W, 1, 1>(lines, outs, x.rows(row), factor, y),
+                (3, false, false) => outs_by::<L, W, 2, 3>(lines, outs, x.rows(row), factor, y),
+                (2, false, false) => outs_by::<L, W, 2, 2>(lines, outs, x.rows(row), factor, y),
+                (_, false, false) => outs_by::<L, W, 2, 1>(lines, outs, x.rows(row), factor, y),
+                (4, true, _) => outs_by::<L, W, 4, 4>(lines, outs, x.rows(row), factor, y),
+                (3, true, _) => outs_by::<L, W, 4, 3>(lines, outs, x.rows(row), factor, y),
+                (2, true, _) => outs_by::<L, W, 4, 2>(lines, outs, x.rows(row), factor, y),
+                (_, true, _) => outs_by::<L, W, 4, 1>(lines, outs, x.rows(row), factor, y),
             }
         }
         row += part;
@@ -291,7 +296,7 @@ unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, rows: 
     }
 }
 
-/// `R` rows by `outs` outputs.
+/// `R` rows by `outs` outputs, sums times `factor`.
 ///
 /// # Safety
 /// As [`rows_by`]'s.
@@ -300,23 +305,24 @@ unsafe fn outs_by<L: Lanes, W: Element, const O: usize, const R: usize>(
     lines: Lines<W>,
     outs: usize,
     rows: [*const f32; R],
+    factor: f32,
     y: *mut f32,
 ) {
     let mut out = 0;
     while out + O <= outs {
         // SAFETY: the caller's; so below.
-        unsafe { block::<L, W, O, R>(lines, out, rows, y.wrapping_add(out)) };
+        unsafe { block::<L, W, O, R>(lines, out, rows, factor, y.wrapping_add(out)) };
         out += O;
     }
     // Of what is left, one output at a time: the sums are the same.
     while out < outs {
         // SAFETY: as above.
-        unsafe { block::<L, W, 1, R>(lines, out, rows, y.wrapping_add(out)) };
+        unsafe { block::<L, W, 1, R>(lines, out, rows, factor, y.wrapping_add(out)) };
         out += 1;
     }
 }
 
-/// `O` outputs by `R` rows.
+/// `O` outputs by `R` rows, sums times `factor`.
 ///
 /// # Safety
 /// As [`rows_by`]'s.
@@ -325,9 +331,10 @@ unsafe fn block<L: Lanes, W: Element, const O: usize, const R: usize>(
     lines: Lines<W>,
     out: usize,
     rows: [*const f32; R],
+    factor: f32,
     y: *mut f32,
 ) {
-    let Lines { start, inner, factor, fetch } = lines;
+    let Lines { start, inner, fetch } = lines;
     let weights: [*const W; O] = std::array::from_fn(|o| start.wrapping_add((out + o) * inner));
     let mut sums = [[L::all(0.0); R]; O];
     let (mut at, mut seen) = (0, L::Seen::default());

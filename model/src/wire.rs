@@ -99,8 +99,7 @@ impl Encoded {
             if !all_finite(row) {
                 return Err(NotFinite);
             }
-            let scales = &mut scales[nth * scale_bytes..][..scale_bytes];
-            encode_rows(std::iter::once(row), hidden, encoding, values, scales);
+            encode_row(row, encoding, values, &mut scales[nth * scale_bytes..][..scale_bytes]);
         }
         Ok(Self { encoding, values, scales, value_bytes, scale_bytes })
     }
@@ -140,18 +139,23 @@ pub fn encode_rows<'a>(
     scales: &mut [u8],
 ) {
     let (width, scale_width) = (encoding.row_bytes(hidden).max(1), encoding.scale_bytes(hidden));
-    for (nth, (row, out)) in rows.zip(values.chunks_exact_mut(width)).enumerate() {
-        match encoding {
-            Encoding::F32 => {
-                out.as_chunks_mut().0.iter_mut().zip(row).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
-            }
-            Encoding::Bf16 => kernels::bf16_encode(row, out.as_chunks_mut().0),
-            // As DeepSeek's activation quantisation.
-            Encoding::Fp8Block128 => {
-                let scales = scales[nth * scale_width..][..scale_width].as_chunks_mut().0.iter_mut();
-                for ((values, out), scale) in row.chunks(FP8_BLOCK).zip(out.chunks_mut(FP8_BLOCK)).zip(scales) {
-                    *scale = kernels::fp8_encode_block(values, out).to_le_bytes();
-                }
+    for (nth, (row, values)) in rows.zip(values.chunks_exact_mut(width)).enumerate() {
+        encode_row(row, encoding, values, &mut scales[nth * scale_width..][..scale_width]);
+    }
+}
+
+/// One row, into exactly as many bytes as it takes.
+fn encode_row(row: &[f32], encoding: Encoding, values: &mut [u8], scales: &mut [u8]) {
+    match encoding {
+        Encoding::F32 => {
+            values.as_chunks_mut().0.iter_mut().zip(row).for_each(|(bytes, value)| *bytes = value.to_le_bytes());
+        }
+        Encoding::Bf16 => kernels::bf16_encode(row, values.as_chunks_mut().0),
+        // As DeepSeek's activation quantisation.
+        Encoding::Fp8Block128 => {
+            let scales = scales.as_chunks_mut().0.iter_mut();
+            for ((block, codes), scale) in row.chunks(FP8_BLOCK).zip(values.chunks_mut(FP8_BLOCK)).zip(scales) {
+                *scale = kernels::fp8_encode_block(block, codes).to_le_bytes();
             }
         }
     }

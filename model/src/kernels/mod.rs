@@ -38,3 +38,11 @@ pub(crate) mod tensor;
 pub(crate) use isa::Isa;
 pub(crate) use matrix::Matrix;
 pub(crate) use operand::{Format, Operand, Rows, Source};
+
+/// The first `count` values of what a thread keeps from product to product, whatever they are.
+fn grown(kept: &mut Vec<f32>, count: usize) -> &mut [f32] {
+    if kept.len() < count {
+        kept.resize(count, 0.0);
+    }
+    &mut kept[..count]
+}

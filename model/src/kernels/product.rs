@@ -6,6 +6,7 @@ use std::{cell::RefCell, ops::Range};
 use half::bf16;
 
 use super::{
+    grown,
     isa::Isa,
     lanes,
     matrix::Matrix,
@@ -220,11 +221,7 @@ impl Scratch {
     ) -> &mut [f32] {
         assert_eq!(x.inner(), matrix.inner, "a row as long as the weight's");
         let (first, outs) = place(strip, matrix.out);
-        let needed = x.rows * STRIP;
-        if self.y.len() < needed {
-            self.y.resize(needed, 0.0);
-        }
-        let y = &mut self.y[..needed];
+        let y = grown(&mut self.y, x.rows * STRIP);
         #[cfg(target_arch = "x86_64")]
         match x.format() {
             // SAFETY: only asked for where the processor has it (`Format::of` goes by an `Isa`); sizes as asserted.

@@ -17,6 +17,8 @@ pub struct Place {
 /// One worker's weighted rows.
 #[derive(Clone, Debug)]
 pub struct Partial {
+    /// The first of its slots in the routing: what is added in this order does not depend on who answered first.
+    pub first_slot: u32,
     /// The rows of the layer that they belong to, each below T, ascending and each once.
     pub rows: Vec<u32>,
     /// As it came, a row for each.
@@ -40,8 +42,9 @@ pub fn per_assignment(
     })
 }
 
-/// Sums what belongs to each of `rows` rows (T), in the order of `partials`.
-pub fn partial_sums(partials: &[Partial], rows: usize, hidden: usize) -> Vec<f32> {
+/// Sums what belongs to each of `rows` rows (T), in the order of their first slots.
+pub fn partial_sums(mut partials: Vec<Partial>, rows: usize, hidden: usize) -> Vec<f32> {
+    partials.sort_unstable_by_key(|partial| partial.first_slot);
     // Of each, how many rows have been added.
     let mut added = vec![0; partials.len()];
     let sums = row_by_row(rows, hidden, |row, sums| {
@@ -115,9 +118,9 @@ mod tests {
                         sums.extend((0..hidden).map(sum));
                     }
                 }
-                Partial { rows: has, answer: rows(&sums, hidden) }
+                Partial { first_slot: worker as u32, rows: has, answer: rows(&sums, hidden) }
             });
-            let sums = partial_sums(&partials, 4, hidden);
+            let sums = partial_sums(partials.into(), 4, hidden);
             prop_assert_eq!(sums.len(), whole.len());
             for (a, b) in whole.iter().zip(&sums) {
                 prop_assert!((a - b).abs() < 1e-5);

@@ -54,8 +54,7 @@ pub(super) struct Round<'a> {
     /// Answers as they came, and of each slot where among them its row lies.
     answers: Vec<Rows>,
     slots: Vec<Place>,
-    /// Of partial sums, each with its first slot.
-    partials: Vec<(u32, Partial)>,
+    partials: Vec<Partial>,
 }
 
 /// A part that was sent.
@@ -389,8 +388,8 @@ impl<'a> Round<'a> {
                 self.answers.push(rows);
             }
             Mode::PartialSum => {
-                let first = part.assignments.first().map_or(0, |assignment| assignment.slot);
-                self.partials.push((first, Partial { rows: part.rows, answer: rows }));
+                let first_slot = part.assignments.first().map_or(0, |assignment| assignment.slot);
+                self.partials.push(Partial { first_slot, rows: part.rows, answer: rows });
             }
         }
     }
@@ -417,18 +416,13 @@ impl<'a> Round<'a> {
         self.todo.sort_unstable_by_key(|assignment| assignment.slot);
     }
 
-    fn sum(mut self) -> Vec<f32> {
+    fn sum(self) -> Vec<f32> {
         let (hidden, routing) = (self.exchange.hidden, self.routing);
         match self.exchange.mode {
             Mode::PerAssignment => {
                 combine::per_assignment(&self.answers, &self.slots, &routing.weights, routing.experts_per_row, hidden)
             }
-            Mode::PartialSum => {
-                // In an order that does not depend on who answered first.
-                self.partials.sort_unstable_by_key(|(first_slot, _)| *first_slot);
-                let partials: Vec<Partial> = self.partials.into_iter().map(|(_, partial)| partial).collect();
-                combine::partial_sums(&partials, self.rows.count(), hidden)
-            }
+            Mode::PartialSum => combine::partial_sums(self.partials, self.rows.count(), hidden),
         }
     }
 

@@ -20,6 +20,7 @@ use words::Element;
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 use super::{
+    grown,
     isa::Isa,
     matrix::{Matrix, Values},
     operand::{FOR_CODES, LANES, Order, View},
@@ -99,28 +100,18 @@ struct Lines<W> {
     fetch: bool,
 }
 
-/// The rows of a strip's product, times the strip's scales where it has some.
+/// The rows of a strip's product, times the scales of the strip that begins with output `first` where codes are without them.
 struct Scaled<'a> {
     x: &'a View<'a>,
-    /// One per block of the inner dimension, and a block's length.
-    scales: Option<(&'a [f32], usize)>,
-    /// For [`Lanes::ROWS`] of them.
+    matrix: &'a Matrix<'a>,
+    first: usize,
+    /// For [`Lanes::ROWS`] of them, where they are scaled.
     room: &'a mut [f32],
-    /// What sums are multiplied by then: a power of two.
-    factor: f32,
 }
 
-impl<'a> Scaled<'a> {
-    /// For the strip that begins with output `first`. There need be no room where there are no scales.
-    fn of<L: Lanes>(x: &'a View<'a>, matrix: &Matrix<'a>, first: usize, room: &'a mut [f32]) -> Self {
-        match matrix.values {
-            Values::Fp8 { scales, block, .. } if Order::of(matrix) == Order::Quarters => {
-                let per_line = matrix.inner.div_ceil(block);
-                let scales = Some((&scales[first / block * per_line..][..per_line], block));
-                Self { x, scales, room, factor: L::CODES / FOR_CODES }
-            }
-            _ => Self { x, scales: None, room, factor: 1.0 },
-        }
+impl Scaled<'_> {
+    fn are_scaled(&self) -> bool {
+        Order::of(self.matrix) == Order::Quarters
     }
 
     /// `R` rows from `first` on. They take the place of those before.
@@ -129,31 +120,25 @@ impl<'a> Scaled<'a> {
     /// The operand has these rows.
     #[inline(always)]
     unsafe fn rows<const R: usize>(&mut self, first: usize) -> [*const f32; R] {
-        let (padded, inner) = (self.x.padded(), self.x.inner());
-        let mut rows = [std::ptr::null(); R];
-        for (r, given) in rows.iter_mut().enumerate() {
-            *given = self.x.lanes(first + r);
-            if let Some((scales, block)) = self.scales {
-                // SAFETY: the caller's; a row is as long as that.
-                let row = unsafe { std::slice::from_raw_parts(*given, padded) };
-                let to = &mut self.room[r * padded..][..padded];
-                for ((row, to), at) in row.chunks(CHUNK).zip(to.chunks_mut(CHUNK)).zip((0..inner).step_by(CHUNK)) {
-                    let scale = scales[at / block];
-                    to.iter_mut().zip(row).for_each(|(to, value)| *to = value * scale);
+        let rows = std::array::from_fn(|r| self.x.lanes(first + r));
+        if !self.are_scaled() {
+            return rows;
+        }
+        let padded = self.x.padded();
+        for part in self.matrix.stretches() {
+            let scale = self.matrix.scale(self.first, part.start);
+            // What pads a row goes with its last block.
+            let end = if part.end == self.matrix.inner { padded } else { part.end };
+            for (row, to) in rows.iter().zip(self.room.chunks_exact_mut(padded)) {
+                // SAFETY: the caller's; a padded row is as long as that.
+                let row = unsafe { std::slice::from_raw_parts(row.wrapping_add(part.start), end - part.start) };
+                for (to, value) in to[part.start..end].iter_mut().zip(row) {
+                    *to = value * scale;
                 }
-                *given = to.as_ptr();
             }
         }
-        rows
+        std::array::from_fn(|r| self.room[r * padded..][..padded].as_ptr())
     }
-}
-
-/// So many values, whatever they are.
-fn grown(room: &mut Vec<f32>, values: usize) -> &mut [f32] {
-    if room.len() < values {
-        room.resize(values, 0.0);
-    }
-    &mut room[..values]
 }
 
 /// # Safety
@@ -174,24 +159,24 @@ unsafe fn strip_of<L: Lanes>(
         match matrix.values {
             Values::F32(values) => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                let x = &mut Scaled::of::<L>(x, matrix, first, &mut []);
+                let x = &mut Scaled { x, matrix, first, room: &mut [] };
                 rows_by::<L, f32>(Lines { start, inner, fetch: true }, outs, x, y);
             }
             Values::Bf16(values) if x.rows <= BF16_IN_PLACE => {
                 let start = values.as_ptr().wrapping_add(first * inner);
-                let x = &mut Scaled::of::<L>(x, matrix, first, &mut []);
+                let x = &mut Scaled { x, matrix, first, room: &mut [] };
                 rows_by::<L, bf16>(Lines { start, inner, fetch: true }, outs, x, y);
             }
             Values::Fp8 { codes, .. } if x.rows <= L::CODES_IN_PLACE && Order::of(matrix) == Order::Quarters => {
                 let start = codes.as_ptr().wrapping_add(first * inner);
-                let x = &mut Scaled::of::<L>(x, matrix, first, grown(room, L::ROWS * padded));
+                let x = &mut Scaled { x, matrix, first, room: grown(room, L::ROWS * padded) };
                 rows_by::<L, u8>(Lines { start, inner, fetch: true }, outs, x, y);
             }
             _ => {
                 // Whole blocks of outputs.
                 let widened = (WIDENED / size_of::<f32>() / padded / 4 * 4).clamp(FEWEST_WIDENED, STRIP);
                 let (wide, room) = grown(room, (widened + L::ROWS) * padded).split_at_mut(widened * padded);
-                let x = &mut Scaled::of::<L>(x, matrix, first, room);
+                let x = &mut Scaled { x, matrix, first, room };
                 for out in (0..outs).step_by(widened) {
                     let (outs, y) = (widened.min(outs - out), y.wrapping_add(out));
                     for (line, to) in (first + out..).zip(wide.chunks_exact_mut(padded)).take(outs) {
@@ -268,7 +253,9 @@ fn scale_line(matrix: &Matrix<'_>, line: usize, to: &mut [f32]) {
 /// The processor has what `L` needs; lines and room are there.
 #[inline(always)]
 unsafe fn rows_by<L: Lanes, W: Element>(mut lines: Lines<W>, outs: usize, x: &mut Scaled<'_>, y: *mut f32) {
-    let (mut row, all, factor) = (0, x.x.rows, x.factor);
+    let (mut row, all) = (0, x.x.rows);
+    // A power of two.
+    let factor = if x.are_scaled() { L::CODES / FOR_CODES } else { 1.0 };
     while row < all {
         let left = all - row;
         // In parts of about one size: one that would be left alone costs as much as two.

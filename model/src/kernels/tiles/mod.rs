@@ -19,6 +19,7 @@ use std::arch::{asm, x86_64::*};
 use half::bf16;
 
 use super::{
+    grown,
     matrix::{Matrix, Values},
     operand::{Memory, STEP, TILE_ROWS, View},
 };
@@ -74,10 +75,7 @@ impl Scratch {
 
     /// Those of `groups` groups, whatever they were.
     fn sums(&mut self, groups: usize) -> *mut f32 {
-        if self.sums.len() < groups * 2 * SUMS {
-            self.sums.resize(groups * 2 * SUMS, 0.0);
-        }
-        self.sums.as_mut_ptr()
+        grown(&mut self.sums, groups * 2 * SUMS).as_mut_ptr()
     }
 }
 

@@ -12,7 +12,7 @@ use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
 use conclave_proto::expert::{EXCHANGE_PATH, v1 as wire};
 use conclave_proto::integrity;
-use conclave_runtime::stream::{Front, Handler, Inbound, Message};
+use conclave_runtime::stream::{self, Driver, Front, Handler, Inbound, Message};
 use conclave_runtime::wire_thread::WireThread;
 use conclave_runtime::{listen, server};
 use http::HeaderMap;
@@ -21,6 +21,7 @@ use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Batches under way on one stream: as a worker has it, more than the benchmark ever sends at once.
@@ -47,8 +48,8 @@ pub(crate) async fn serve() -> anyhow::Result<()> {
     });
     // As a worker has it: its streams on a thread of their own.
     let wire = WireThread::start("wire")?;
-    let service = server::internal().add_service(Front { handler: Echo, rest: ExpertWorkerServer::new(Echo) });
-    wire.spawn(server::serve(service, listener, stop, Duration::from_secs(1))).await??;
+    let routes = Routes::new(Front { handler: Echo, rest: ExpertWorkerServer::new(Echo) });
+    wire.spawn(stream::serve(routes, listener, stop, Duration::from_secs(1))).await?;
     Ok(())
 }
 
@@ -84,9 +85,14 @@ struct Echo;
 impl Handler for Echo {
     const PATH: &'static str = EXCHANGE_PATH;
 
-    fn accept(&self, _metadata: &HeaderMap, mut messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+    fn accept(
+        &self,
+        _metadata: &HeaderMap,
+        mut messages: Inbound,
+        driver: &Driver,
+    ) -> Result<mpsc::Receiver<Bytes>, Status> {
         let (answers, answered) = mpsc::channel(ANSWERS_QUEUED);
-        tokio::spawn(async move {
+        driver.spawn(async move {
             while let Ok(Some(message)) = messages.next().await {
                 let Some(answer) = answer(message) else { break };
                 if answers.send(answer).await.is_err() {

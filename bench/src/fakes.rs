@@ -9,13 +9,14 @@ use conclave_model::wire::Encoding;
 use conclave_proto::expert::v1 as wire;
 use conclave_proto::expert::v1::combine_batch::Outcome;
 use conclave_proto::expert::v1::expert_worker_server::{ExpertWorker, ExpertWorkerServer};
-use conclave_runtime::{listen, server};
+use conclave_runtime::{listen, server, stream};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status, Streaming};
 
 /// Of every row.
@@ -36,15 +37,15 @@ pub(crate) async fn serve(count: usize) -> anyhow::Result<()> {
         let service = ExpertWorkerServer::new(Fake { zeros: zeros.clone() })
             .max_decoding_message_size(server::MAX_INTERNAL_MESSAGE)
             .max_encoding_message_size(server::MAX_INTERNAL_MESSAGE);
-        let router = server::internal().add_service(service);
-        serving.push(tokio::spawn(server::serve(router, listener, stop.clone(), Duration::from_secs(1))));
+        let router = Routes::new(service);
+        serving.push(tokio::spawn(stream::serve(router, listener, stop.clone(), Duration::from_secs(1))));
     }
     println!("{}", json!(addresses));
     // What is read does not matter, and an error is an end too.
     let _ = tokio::io::stdin().read_to_end(&mut Vec::new()).await;
     stop.cancel();
     for server in serving {
-        server.await??;
+        server.await?;
     }
     Ok(())
 }

@@ -22,6 +22,7 @@ use conclave_runtime::listen::{self, Listener};
 use conclave_runtime::probes::{Probes, Stage};
 use conclave_runtime::server;
 use conclave_runtime::shutdown::Shutdown;
+use conclave_runtime::stream;
 use conclave_runtime::tensor_thread::{self, SpawnError};
 use conclave_runtime::wire_thread::WireThread;
 use tokio::sync::watch;
@@ -29,7 +30,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tonic::transport::server::Router;
+use tonic::service::Routes;
 
 use crate::config::Config;
 use crate::executor::Executor;
@@ -95,7 +96,7 @@ pub struct Worker {
     executor: Arc<Executor>,
     resident: Arc<Resident>,
     reconciler: JoinHandle<()>,
-    server: JoinHandle<Result<(), server::Error>>,
+    server: JoinHandle<()>,
     /// It lives as long as the streams may.
     _wire: WireThread,
     probes: Probes,
@@ -202,7 +203,7 @@ struct Prepared {
     loader: Loader,
     metrics: Metrics,
     /// Health and reflection; the service itself joins them last.
-    router: Router,
+    routes: Routes,
     /// Where routers' streams are served.
     wire: WireThread,
     end: CancellationToken,
@@ -230,10 +231,9 @@ async fn prepare(config: &Config, probes: &Probes) -> Result<Prepared, Error> {
     let executor = Arc::new(Executor::start(config.threads, config.queue as usize, metrics.clone()).await?);
     let loader = Loader::start(checkpoint, compute, Arc::clone(&executor)).await?;
     let (reflection, reflection_alpha) = server::reflection(&[service::NAME])?;
-    let router =
-        server::internal().add_service(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
+    let routes = Routes::new(probes.health.service()).add_service(reflection).add_service(reflection_alpha);
     let wire = WireThread::start("wire").map_err(Error::Wire)?;
-    Ok(Prepared { model, memory, store, keys, view, executor, loader, metrics, router, wire, end })
+    Ok(Prepared { model, memory, store, keys, view, executor, loader, metrics, routes, wire, end })
 }
 
 /// What this worker knows of the model.
@@ -283,7 +283,7 @@ fn serve(
     prepared: Prepared,
     registration: Arc<Registration>,
 ) -> Worker {
-    let Prepared { model, memory, store, keys, view, executor, loader, metrics, router, wire, end } = prepared;
+    let Prepared { model, memory, store, keys, view, executor, loader, metrics, routes, wire, end } = prepared;
     let resident = Arc::new(Resident::default());
     let (refusing, closing, in_flight) = (CancellationToken::new(), CancellationToken::new(), TaskTracker::new());
     let listen = listener.local_addr;
@@ -297,8 +297,8 @@ fn serve(
         closing: closing.clone(),
         in_flight: in_flight.clone(),
     });
-    let routes = router.add_service(service.server());
-    let server = wire.spawn(server::serve(routes, listener, closing.clone(), CLOSE_GRACE));
+    let routes = routes.add_service(service.server());
+    let server = wire.spawn(stream::serve(routes, listener, closing.clone(), CLOSE_GRACE));
     let budget = Budget { expert_bytes: model.expert_bytes, bytes: memory };
     let reconciler = Reconciler::new(loader, Arc::clone(&resident), Arc::clone(&registration), metrics, budget);
     let ordered = Arc::new(AtomicBool::new(false));
@@ -358,10 +358,7 @@ impl Worker {
             ended = &mut self.server => {
                 shutdown.begin();
                 self.registration.leave().await;
-                match ended {
-                    Ok(Err(error)) => Err(error.into()),
-                    Ok(Ok(())) | Err(_) => Err(Error::ServiceEnded),
-                }
+                ended.map_or(Err(Error::ServiceEnded), |()| Err(Error::ServiceEnded))
             }
         }
     }
@@ -388,10 +385,8 @@ impl Worker {
         self.take_out_order().await;
         self.registration.leave().await;
         self.closing.cancel();
-        match self.server.await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::warn!(%error, "the service did not close cleanly"),
-            Err(error) => tracing::error!(%error, "the service panicked while closing"),
+        if let Err(error) = self.server.await {
+            tracing::error!(%error, "the service panicked while closing");
         }
         self.end.cancel();
         // Streams that outlived their grace still hold it; then the process's end is its end.

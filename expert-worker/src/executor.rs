@@ -12,6 +12,7 @@ use conclave_model::compute::{self, Computed, ExpertBatch};
 use conclave_model::device::init_thread;
 use conclave_model::expert::Expert;
 use conclave_placement::ids::{ExpertId, LayerIdx};
+use conclave_runtime::stream::driven_here;
 use conclave_runtime::tensor_thread::{self, SpawnError, TensorThread, panic_message};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
@@ -25,6 +26,10 @@ use crate::metrics::Metrics;
 const MEASURED_ROWS: usize = 16;
 const MEASURED_TIMES: usize = 30;
 const MEASURED_FOR: Duration = Duration::from_millis(100);
+
+/// Values of answers that leave from the tensor thread, at most, and only while it has nothing else to do: to send more takes
+/// longer than to wake the thread that is there for it, which as a rule sends while this one computes.
+const SENT_HERE: usize = 32 << 10;
 
 #[derive(Debug)]
 pub struct Executor {
@@ -124,22 +129,32 @@ fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
     experts.lay_out(first.batch.layer);
     let outcomes = compute_group(experts, &group);
     let took = started.elapsed();
-    waiting.lock().finished(group.len(), took);
+    let nothing_waits = {
+        let mut waiting = waiting.lock();
+        waiting.finished(group.len(), took);
+        waiting.is_empty()
+    };
     metrics.compute_seconds.observe(took.as_secs_f64());
     metrics.busy_seconds.inc_by(took.as_secs_f64());
     metrics.group_batches.observe(group.len() as f64);
-    for (pending, outcome) in group.into_iter().zip(outcomes) {
-        if let Ok(rows) = &outcome {
-            metrics.batches.inc();
-            metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
-            metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
-            // Returned as computed: the router judges its workers, this worker only counts.
-            if !rows.all_finite() {
-                metrics.non_finite.inc();
-            }
+    let values: usize = outcomes.iter().flatten().map(Computed::values).sum();
+    let answers = group.into_iter().zip(outcomes);
+    let reply_to_all = || answers.for_each(|(pending, outcome)| answer(pending, outcome, started, took, metrics));
+    if nothing_waits && values <= SENT_HERE { driven_here(reply_to_all) } else { reply_to_all() }
+}
+
+/// Counts what came of a batch and says so.
+fn answer(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant, took: Duration, metrics: &Metrics) {
+    if let Ok(rows) = &outcome {
+        metrics.batches.inc();
+        metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
+        metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
+        // Returned as computed: the router judges its workers, this worker only counts.
+        if !rows.all_finite() {
+            metrics.non_finite.inc();
         }
-        reply(pending, outcome, started, took);
     }
+    reply(pending, outcome, started, took);
 }
 
 fn reply(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant, computed: Duration) {

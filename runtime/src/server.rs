@@ -1,5 +1,6 @@
-//! gRPC servers: the three kinds of listener and their limits, reflection, and serving until told to stop. Services
-//! come in from the process, bytes leave on the wire. Nothing here knows a method.
+//! gRPC servers: the kinds of listener and their limits, reflection, and serving until told to stop. Services come in from
+//! the process, bytes leave on the wire. Nothing here knows a method. What routers and workers say to each other is served by
+//! [`crate::stream`], within the limits that stand here.
 //!
 //! Message sizes are limits of a tonic *service*, not of a server: give each service the constants below with
 //! `max_decoding_message_size` and `max_encoding_message_size`.
@@ -52,20 +53,6 @@ pub fn public() -> Server {
         .http2_max_header_list_size(16 * KIB as u32)
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
-}
-
-/// For the cluster's own processes: large messages, and resets in bulk are normal (a router that cancels a step).
-pub fn internal() -> Server {
-    Server::builder()
-        .max_concurrent_streams(1024)
-        .initial_stream_window_size(INTERNAL_STREAM_WINDOW)
-        .initial_connection_window_size(INTERNAL_CONNECTION_WINDOW)
-        .max_frame_size(INTERNAL_FRAME)
-        .http2_max_pending_accept_reset_streams(Some(2048))
-        .http2_max_local_error_reset_streams(Some(2048))
-        .http2_max_header_list_size(16 * KIB as u32)
-        .http2_keepalive_interval(Some(INTERNAL_KEEP_ALIVE))
-        .http2_keepalive_timeout(Some(INTERNAL_KEEP_ALIVE_TIMEOUT))
 }
 
 /// For probes, scrapes and operators: few streams, small messages, HTTP/1 beside gRPC.
@@ -150,7 +137,7 @@ mod tests {
         let address = listener.local_addr.to_string();
         let (v1, v1alpha) = reflection(&["conclave.expert.v1.ExpertWorker"]).unwrap();
         let stop = CancellationToken::new();
-        let router = internal().add_service(v1).add_service(v1alpha);
+        let router = public().add_service(v1).add_service(v1alpha);
         let serving = tokio::spawn(serve(router, listener, stop.clone(), Duration::from_secs(5)));
 
         let channel = channel::internal(&address).unwrap().connect().await.unwrap();

@@ -104,8 +104,8 @@ impl FakeExpert {
         let service = ExpertWorkerServer::new(fake)
             .max_decoding_message_size(MAX_INTERNAL_MESSAGE)
             .max_encoding_message_size(MAX_INTERNAL_MESSAGE);
-        let routes = server::internal().add_service(service);
-        tokio::spawn(server::serve(routes, listener, stop.clone(), Duration::ZERO));
+        let routes = Routes::new(service);
+        tokio::spawn(stream::serve(routes, listener, stop.clone(), Duration::ZERO));
 
         let id = WorkerId::parse(id).expect("a valid name");
         let key = cluster.keys.worker(&id);

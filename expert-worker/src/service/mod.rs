@@ -18,7 +18,7 @@ use conclave_proto::expert::{EXCHANGE_PATH, INCARNATION_METADATA};
 use conclave_proto::integrity;
 use conclave_proto::status::Failure;
 use conclave_runtime::channel::MAX_INTERNAL_MESSAGE;
-use conclave_runtime::stream::{Front, Handler, Inbound};
+use conclave_runtime::stream::{Driver, Front, Handler, Inbound};
 use http::HeaderMap;
 use prost::Message as _;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
@@ -82,15 +82,21 @@ impl Service {
 impl Handler for Service {
     const PATH: &'static str = EXCHANGE_PATH;
 
-    fn accept(&self, metadata: &HeaderMap, messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+    fn accept(
+        &self,
+        metadata: &HeaderMap,
+        messages: Inbound,
+        driver: &Driver,
+    ) -> Result<mpsc::Receiver<Bytes>, Status> {
         self.0.is_meant(metadata)?;
         let (answers, stream) = mpsc::channel(ANSWERS_WAITING);
         let exchange = Exchange {
             parts: Arc::clone(&self.0),
             answers,
+            driver: driver.clone(),
             budget: Arc::new(Semaphore::new(STREAM_BUDGET_KIB as usize)),
         };
-        tokio::spawn(exchange.run(messages));
+        driver.spawn(exchange.run(messages));
         Ok(stream)
     }
 }
@@ -182,6 +188,7 @@ struct Accepted {
 struct Exchange {
     parts: Arc<Parts>,
     answers: mpsc::Sender<Bytes>,
+    driver: Driver,
     budget: Arc<Semaphore>,
 }
 
@@ -227,7 +234,8 @@ impl Exchange {
         match self.parts.accept(&message, received) {
             Ok(accepted) => {
                 let (parts, answers) = (Arc::clone(&self.parts), self.answers.clone());
-                self.parts.in_flight.spawn(async move { parts.answer(accepted, &answers, budget).await });
+                let answered = async move { parts.answer(accepted, &answers, budget).await };
+                self.driver.spawn(self.parts.in_flight.track_future(answered));
                 Some(())
             }
             Err(refusal) => {

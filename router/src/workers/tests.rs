@@ -6,8 +6,8 @@ use bytes::Bytes;
 use conclave_placement::state::LocalSocket;
 use conclave_proto::expert::EXCHANGE_PATH;
 use conclave_runtime::{
-    listen, server,
-    stream::{Front, Handler, Inbound},
+    listen,
+    stream::{self, Driver, Front, Handler, Inbound},
 };
 use http::{HeaderMap, Request, Response};
 use tokio::time::timeout;
@@ -16,6 +16,7 @@ use tonic::{
     body::Body,
     codegen::{Context, Poll, Service},
     server::NamedService,
+    service::Routes,
 };
 
 use super::*;
@@ -31,13 +32,18 @@ struct Accepting {
 impl Handler for Accepting {
     const PATH: &'static str = EXCHANGE_PATH;
 
-    fn accept(&self, _metadata: &HeaderMap, _messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+    fn accept(
+        &self,
+        _metadata: &HeaderMap,
+        _messages: Inbound,
+        driver: &Driver,
+    ) -> Result<mpsc::Receiver<Bytes>, Status> {
         if self.refuses {
             return Err(Status::failed_precondition("another worker"));
         }
         let (answers, stream) = mpsc::channel(1);
         let held = self.clone();
-        tokio::spawn(async move {
+        driver.spawn(async move {
             let _ = held.accepted.send(held.name).await;
             answers.closed().await;
         });
@@ -74,8 +80,8 @@ fn serve(handler: Accepting, local: Option<&str>, stop: &CancellationToken) -> S
         listener.also_at(local).unwrap();
     }
     let address = listener.local_addr.to_string();
-    let routes = server::internal().add_service(Front { handler, rest: Nothing });
-    tokio::spawn(server::serve(routes, listener, stop.clone(), Duration::ZERO));
+    let routes = Routes::new(Front { handler, rest: Nothing });
+    tokio::spawn(stream::serve(routes, listener, stop.clone(), Duration::ZERO));
     address
 }
 

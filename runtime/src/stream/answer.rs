@@ -15,14 +15,17 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::server::NamedService;
 
 use super::assembly::Assembly;
+use super::driver::Driver;
 
 /// Answers one method's streams.
 pub trait Handler: Clone + Send + Sync + 'static {
     /// "/package.Service/Method".
     const PATH: &'static str;
 
-    /// Accepts a stream, whose answers go out as they come, header and all, or refuses it. On the server's runtime.
-    fn accept(&self, metadata: &HeaderMap, messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status>;
+    /// Accepts a stream, whose answers go out as they come, header and all, or refuses it. What is to be done for it is
+    /// `driver`'s.
+    fn accept(&self, metadata: &HeaderMap, messages: Inbound, driver: &Driver)
+    -> Result<mpsc::Receiver<Bytes>, Status>;
 }
 
 /// A tonic service of which one method is answered by a [`Handler`].
@@ -55,7 +58,10 @@ where
             return Box::pin(self.rest.call(request));
         }
         let (parts, body) = request.into_parts();
-        let accepted = self.handler.accept(&parts.headers, Inbound::new(body));
+        let accepted = match parts.extensions.get::<Driver>() {
+            Some(driver) => self.handler.accept(&parts.headers, Inbound::new(body), driver),
+            None => Err(Status::internal("streams are not served by this listener")),
+        };
         let response = accepted.map_or_else(Status::into_http, respond);
         Box::pin(std::future::ready(Ok(response)))
     }

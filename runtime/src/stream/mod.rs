@@ -8,13 +8,17 @@ mod answer;
 mod assembly;
 mod bell;
 mod call;
+mod driver;
 mod eager;
 mod lookout;
+mod serve;
 
 pub use answer::{Front, Handler, Inbound};
 pub use assembly::{HEADER, Message, TooLong};
 pub use call::{Closed, Inbox, Outbox, open};
+pub use driver::{Driver, driven_here};
 pub use lookout::Lookout;
+pub use serve::serve;
 
 #[cfg(test)]
 mod tests;

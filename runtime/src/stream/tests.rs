@@ -4,15 +4,17 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
-use tokio::sync::mpsc;
+use tokio::runtime;
+use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
+use tonic::service::Routes;
 use tonic_health::server::health_reporter;
 
-use super::{Front, HEADER, Handler, Inbound, Message, open};
+use super::{Driver, Front, HEADER, Handler, Inbound, Message, driven_here, open, serve};
 use crate::server::MAX_INTERNAL_MESSAGE;
 use crate::socket::Socket;
-use crate::{channel, listen, server};
+use crate::{channel, listen};
 
 /// Answers each message with itself, as the metadata `act` says.
 #[derive(Clone)]
@@ -21,13 +23,18 @@ struct Peer;
 impl Handler for Peer {
     const PATH: &'static str = "/grpc.health.v1.Health/Test";
 
-    fn accept(&self, metadata: &HeaderMap, mut messages: Inbound) -> Result<mpsc::Receiver<Bytes>, Status> {
+    fn accept(
+        &self,
+        metadata: &HeaderMap,
+        mut messages: Inbound,
+        driver: &Driver,
+    ) -> Result<mpsc::Receiver<Bytes>, Status> {
         let act = metadata.get("act").and_then(|act| act.to_str().ok()).unwrap_or_default().to_owned();
         if act == "refuse" {
             return Err(Status::failed_precondition("not you"));
         }
         let (answers, stream) = mpsc::channel(2);
-        tokio::spawn(async move {
+        driver.spawn(async move {
             if act == "sleep" {
                 answers.closed().await;
             }
@@ -47,6 +54,32 @@ fn framed(body: &[u8]) -> Bytes {
     message.finish().unwrap()
 }
 
+/// Asks somebody else for the answer to each message.
+#[derive(Clone)]
+struct Asking(mpsc::Sender<(Bytes, oneshot::Sender<Bytes>)>);
+
+impl Handler for Asking {
+    const PATH: &'static str = Peer::PATH;
+
+    fn accept(
+        &self,
+        _metadata: &HeaderMap,
+        mut messages: Inbound,
+        driver: &Driver,
+    ) -> Result<mpsc::Receiver<Bytes>, Status> {
+        let (answers, stream) = mpsc::channel(2);
+        let Self(asked) = self.clone();
+        driver.spawn(async move {
+            while let Ok(Some(message)) = messages.next().await {
+                let (answer, answered) = oneshot::channel();
+                asked.send((message, answer)).await.unwrap();
+                answers.send(answered.await.unwrap()).await.unwrap();
+            }
+        });
+        Ok(stream)
+    }
+}
+
 /// A server with both kinds of socket.
 async fn peer(name: &str) -> (String, String, DropGuard) {
     let name = format!("conclave-test/{name}/{}", std::process::id());
@@ -54,9 +87,9 @@ async fn peer(name: &str) -> (String, String, DropGuard) {
     listener.also_at(&name).unwrap();
     let address = listener.local_addr.to_string();
     let (_, health) = health_reporter();
-    let routes = server::internal().add_service(Front { handler: Peer, rest: health });
+    let routes = Routes::new(Front { handler: Peer, rest: health });
     let stop = CancellationToken::new();
-    tokio::spawn(server::serve(routes, listener, stop.clone(), Duration::ZERO));
+    tokio::spawn(serve(routes, listener, stop.clone(), Duration::ZERO));
     (address, name, stop.drop_guard())
 }
 
@@ -143,6 +176,58 @@ async fn who_looks_alone_finds_what_the_others_thread_was_not_told_of() {
     }
     drop(inbox);
     asleep.shutdown_background();
+}
+
+#[tokio::test]
+async fn an_answer_leaves_on_the_thread_that_has_it_though_its_runtime_sleeps() {
+    const MESSAGES: usize = 3;
+    let (listening, address) = oneshot::channel();
+    let (received, is_received) = std::sync::mpsc::channel::<()>();
+    let answering = move || {
+        let serves = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (asking, mut asked) = mpsc::channel(1);
+        let listener = serves.block_on(async { listen::bind("127.0.0.1:0").unwrap() });
+        listening.send(listener.local_addr.to_string()).unwrap();
+        let (_, health) = health_reporter();
+        let routes = Routes::new(Front { handler: Asking(asking), rest: health });
+        serves.spawn(serve(routes, listener, CancellationToken::new(), Duration::ZERO));
+        for _ in 0..MESSAGES {
+            // The runtime is awake until the message is here, and not again before its answer has arrived.
+            let (message, answer) = serves.block_on(asked.recv()).unwrap();
+            driven_here(|| answer.send(framed(&message)).unwrap());
+            is_received.recv().unwrap();
+        }
+    };
+    let answering = tokio::task::spawn_blocking(answering);
+    let (outbox, mut inbox) = opened(channel::tcp(&address.await.unwrap()).await.unwrap(), "").await.unwrap();
+    for number in 0..MESSAGES {
+        outbox.send(framed(&body(number, 4096))).await.unwrap();
+        assert_eq!(inbox.next().await.unwrap().unwrap(), body(number, 4096));
+        received.send(()).unwrap();
+    }
+    answering.await.unwrap();
+}
+
+#[tokio::test]
+async fn who_serves_and_is_told_to_stop_answers_what_is_under_way_and_ends() {
+    let listener = listen::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr.to_string();
+    let (asking, mut asked) = mpsc::channel(1);
+    let (_, health) = health_reporter();
+    let routes = Routes::new(Front { handler: Asking(asking), rest: health });
+    let stop = CancellationToken::new();
+    let serving = tokio::spawn(serve(routes, listener, stop.clone(), Duration::from_secs(60)));
+    let idle = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
+    let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
+    outbox.send(framed(b"asked before")).await.unwrap();
+    let (message, answer) = asked.recv().await.unwrap();
+    stop.cancel();
+    // The port is closed at once, and what had come is answered all the same.
+    while channel::tcp(&address).await.is_ok() {}
+    answer.send(framed(&message)).unwrap();
+    assert_eq!(inbox.next().await.unwrap().unwrap(), &b"asked before"[..]);
+    drop((idle, outbox, inbox));
+    serving.await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,7 +1,7 @@
 //! The executor: checked batches come in, expert outputs go out. It owns the tensor thread and the experts on it, so no
 //! weight is ever touched from two threads. Each accepted batch gives the thread one turn; a turn takes the oldest batch
 //! and whatever can be computed with it, so a turn may find nothing left to do. A panic or an error refuses the batch
-//! that caused it, and no other.
+//! that caused it, and no other. Who has nothing else to do sends what is small at once, on the tensor thread itself.
 
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -27,8 +27,8 @@ const MEASURED_ROWS: usize = 16;
 const MEASURED_TIMES: usize = 30;
 const MEASURED_FOR: Duration = Duration::from_millis(100);
 
-/// Values of answers that leave from the tensor thread, at most, and only while it has nothing else to do: to send more takes
-/// longer than to wake the thread that is there for it, which as a rule sends while this one computes.
+/// Values of a group's answers that are encoded and sent on the tensor thread, at most, and only while nothing waits for it:
+/// more take longer than it takes to wake the wire thread, which sends them while this one goes on.
 const SENT_HERE: usize = 32 << 10;
 
 #[derive(Debug)]

@@ -32,11 +32,11 @@ use conclave_proto::expert::v1::{
     combine_batch::Outcome,
     expert_worker_server::{ExpertWorker, ExpertWorkerServer},
 };
-use conclave_runtime::{channel::MAX_INTERNAL_MESSAGE, listen, server, tensor_thread::TensorThread};
+use conclave_runtime::{channel::MAX_INTERNAL_MESSAGE, listen, stream, tensor_thread::TensorThread};
 use futures::{StreamExt, stream::BoxStream};
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Response, Status, Streaming, service::Routes};
 
 use crate::{
     cluster::Cluster,

@@ -355,10 +355,10 @@ impl Worker {
                 0 => Ok(()),
                 experts => Err(Error::LeftBehind { experts }),
             },
-            ended = &mut self.server => {
+            _ = &mut self.server => {
                 shutdown.begin();
                 self.registration.leave().await;
-                ended.map_or(Err(Error::ServiceEnded), |()| Err(Error::ServiceEnded))
+                Err(Error::ServiceEnded)
             }
         }
     }

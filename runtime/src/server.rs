@@ -1,6 +1,6 @@
 //! gRPC servers: the kinds of listener and their limits, reflection, and serving until told to stop. Services come in from
 //! the process, bytes leave on the wire. Nothing here knows a method. What routers and workers say to each other is served by
-//! [`crate::stream`], within the limits that stand here.
+//! [`crate::stream`].
 //!
 //! Message sizes are limits of a tonic *service*, not of a server: give each service the constants below with
 //! `max_decoding_message_size` and `max_encoding_message_size`.

@@ -1,5 +1,5 @@
 //! Threads that own state which must not be shared: libtorch's thread counts and no-grad mode are per thread, and a
-//! kernel must not sit on a thread that serves the network. Jobs come in over a bounded queue, their results go out to
+//! kernel must not sit on the thread that serves the network. Jobs come in over a bounded queue, their results go out to
 //! whoever awaits them. A job's panic fails that job alone; no job is ever run on a tokio thread.
 
 use std::any::Any;

@@ -194,7 +194,7 @@ struct Exchange {
 
 impl Exchange {
     /// Reads batches until the router ends the stream or goes away, or this worker closes. What is in flight is still
-    /// answered: each of those tasks holds the stream open.
+    /// answered: each batch that waits for its rows holds the stream open.
     async fn run(self, mut batches: Inbound) {
         self.parts.metrics.streams.inc();
         loop {

@@ -2,12 +2,12 @@
 //! future on two threads at once.
 //!
 //! As a rule a connection's own task drives it, once its runtime is told that something has come. A thread that has an answer
-//! may do that itself ([`driven_here`]): all that the answer needs to leave is done on that thread, the system call included,
-//! and nobody is woken for it.
+//! may do that itself ([`driven_here`]): what the answer needs to leave is done on that thread, the system call included, and
+//! nobody is woken for it, unless somebody is at it already or there is much more to do.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -20,8 +20,10 @@ use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
 
-/// How often all that is called for is gone through in one turn. Then others of the runtime have theirs.
+/// How often the task goes through all that is called for before others of its runtime have their turn.
 const ROUNDS: usize = 16;
+/// And how often another thread does, which has other things to do. An answer takes two: HTTP/2 calls for the connection.
+const ROUNDS_ELSEWHERE: usize = 4;
 
 type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -30,9 +32,10 @@ type Work = Pin<Box<dyn Future<Output = ()> + Send>>;
 pub struct Driver(Arc<Shared>);
 
 struct Shared {
-    under_way: Mutex<FuturesUnordered<Work>>,
-    /// Not begun yet.
-    newcomers: Mutex<Vec<Work>>,
+    /// `None` once nothing more will be: with the connection's task.
+    under_way: Mutex<Option<FuturesUnordered<Work>>>,
+    /// Not begun yet; `None` likewise.
+    newcomers: Mutex<Option<Vec<Work>>>,
     /// Something is called for that nobody has gone through.
     called: AtomicBool,
     /// Somebody goes through it, and will look whether more has been called for.
@@ -48,22 +51,26 @@ thread_local! {
     static HERE: RefCell<Option<Vec<Arc<Shared>>>> = const { RefCell::new(None) };
 }
 
-/// Does `work`, and after it, on this very thread, what that called for at any connection.
+/// Does `work`, and after it, on this very thread, what that called for at any connection; but not more than an answer takes.
 pub fn driven_here<T>(work: impl FnOnce() -> T) -> T {
     /// Also where `work` panics: others wait for what it called for.
     struct Scope;
     impl Drop for Scope {
         fn drop(&mut self) {
             for called in HERE.take().unwrap_or_default() {
-                if std::thread::panicking() || called.turn().is_ready() {
+                let left = |called: &Arc<Shared>| called.turn(ROUNDS_ELSEWHERE).is_pending();
+                let fine = !std::thread::panicking()
+                    && catch_unwind(AssertUnwindSafe(|| left(&called))).is_ok_and(|left| left);
+                if !fine {
+                    // The end is for the task to see to, and so is what went wrong.
                     called.task.wake();
                 }
             }
         }
     }
-    let around = HERE.replace(Some(Vec::new()));
-    debug_assert!(around.is_none(), "once at a time");
-    let _scope = Scope;
+    // Whoever is at it further out drives what is called for here as well.
+    let outermost = HERE.with_borrow_mut(|here| here.is_none() && here.insert(Vec::new()).is_empty());
+    let _scope = outermost.then_some(Scope);
     work()
 }
 
@@ -71,8 +78,8 @@ impl Driver {
     /// With nothing under way, for the runtime of the moment.
     pub(super) fn new() -> Self {
         Self(Arc::new(Shared {
-            under_way: Mutex::default(),
-            newcomers: Mutex::default(),
+            under_way: Mutex::new(Some(FuturesUnordered::new())),
+            newcomers: Mutex::new(Some(Vec::new())),
             called: AtomicBool::new(false),
             at_it: AtomicBool::new(false),
             task: AtomicWaker::new(),
@@ -80,35 +87,38 @@ impl Driver {
         }))
     }
 
-    /// Has `work` done beside what else is under way. A panic ends nothing but its own work.
+    /// Has `work` done beside what else is under way, or not at all once the connection's task has gone. A panic ends nothing
+    /// but its own work.
     pub fn spawn(&self, work: impl Future<Output = ()> + Send + 'static) {
         let work = AssertUnwindSafe(work).catch_unwind().map(|ended| {
             if ended.is_err() {
                 tracing::error!("what a connection had under way panicked");
             }
         });
-        self.0.newcomers.lock().push(Box::pin(work));
+        if let Some(newcomers) = &mut *self.0.newcomers.lock() {
+            newcomers.push(Box::pin(work));
+        }
         self.0.wake_by_ref();
     }
 
     /// The connection's task: drives until nothing is under way any more. What is, when this is dropped, is dropped too.
-    pub(super) async fn run(self) {
+    pub(super) fn run(self) -> impl Future<Output = ()> + Send {
         let own = Own(self.0);
-        poll_fn(|cx| {
+        poll_fn(move |cx| {
             own.0.task.register(cx.waker());
-            own.0.turn()
+            own.0.turn(ROUNDS)
         })
-        .await;
     }
 }
 
 impl Shared {
-    /// Goes through what is called for. Ready once nothing is under way. Where somebody else is at it, that one does so.
-    fn turn(self: &Arc<Self>) -> Poll<()> {
+    /// Goes through what is called for, `rounds` times at most; the rest is the task's. Ready once nothing is under way. Where
+    /// somebody else is at it, that one does so.
+    fn turn(self: &Arc<Self>, rounds: usize) -> Poll<()> {
         let waker = Waker::from(Arc::clone(self));
         let mut cx = Context::from_waker(&waker);
         let _entered = self.runtime.enter();
-        for _ in 0..ROUNDS {
+        for _ in 0..rounds {
             let Some(mut under_way) = self.under_way.try_lock() else {
                 self.called.store(true, SeqCst);
                 // Either this sees that it was let go of, or who let go of it sees that it is called for.
@@ -118,24 +128,23 @@ impl Shared {
                 }
                 continue;
             };
-            self.at_it.store(true, SeqCst);
+            let Some(all) = under_way.as_mut() else { return Poll::Ready(()) };
+            let at_it = AtIt::begin(&self.at_it);
             self.called.store(false, SeqCst);
-            under_way.extend(self.newcomers.lock().drain(..));
+            all.extend(self.newcomers.lock().iter_mut().flat_map(std::mem::take));
             let left = loop {
-                match under_way.poll_next_unpin(&mut cx) {
+                match all.poll_next_unpin(&mut cx) {
                     Poll::Ready(Some(())) => {}
                     Poll::Ready(None) => break false,
                     Poll::Pending => break true,
                 }
             };
-            self.at_it.store(false, SeqCst);
-            drop(under_way);
+            drop((at_it, under_way));
             fence(SeqCst);
             if !self.called.load(SeqCst) {
                 return if left { Poll::Pending } else { Poll::Ready(()) };
             }
         }
-        // The rest is the task's.
         self.task.wake();
         Poll::Pending
     }
@@ -165,14 +174,31 @@ impl Wake for Shared {
     }
 }
 
+/// Somebody is, as long as this lives. What is called for meanwhile wakes nobody, so it must end however that ends.
+struct AtIt<'a>(&'a AtomicBool);
+
+impl<'a> AtIt<'a> {
+    fn begin(at_it: &'a AtomicBool) -> Self {
+        at_it.store(true, SeqCst);
+        Self(at_it)
+    }
+}
+
+impl Drop for AtIt<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, SeqCst);
+    }
+}
+
 /// The connection's task has it. Futures under way hold on to their driver, so with the task they must go.
 struct Own(Arc<Shared>);
 
 impl Drop for Own {
     fn drop(&mut self) {
-        let under_way = std::mem::take(&mut *self.0.under_way.lock());
-        let newcomers = std::mem::take(&mut *self.0.newcomers.lock());
-        drop((under_way, newcomers));
+        let mut under_way = self.0.under_way.lock();
+        let all = (under_way.take(), self.0.newcomers.lock().take());
+        drop(under_way);
+        drop(all);
     }
 }
 
@@ -199,6 +225,8 @@ mod tests {
 
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(60);
+
     #[tokio::test]
     async fn what_a_thread_calls_for_is_done_there_before_it_goes_on() {
         let driver = Driver::new();
@@ -206,7 +234,7 @@ mod tests {
         let (done, is_done) = std::sync::mpsc::channel::<ThreadId>();
         driver.spawn(async move {
             // A timer and a task of its own, as on the connection's runtime.
-            let word = timeout(Duration::from_secs(60), answered).await.unwrap().unwrap();
+            let word = timeout(PATIENCE, answered).await.unwrap().unwrap();
             let beside = tokio::spawn(async move { word });
             done.send(thread::current().id()).unwrap();
             beside.await.unwrap();
@@ -237,7 +265,11 @@ mod tests {
                 });
                 move || {
                     for nth in 0..EACH {
-                        let send = || while sender.try_send(1).is_err() {};
+                        let send = || {
+                            while sender.try_send(1).is_err() {
+                                thread::yield_now();
+                            }
+                        };
                         if (nth + caller) % 3 == 0 { send() } else { driven_here(send) }
                     }
                 }
@@ -246,7 +278,7 @@ mod tests {
         let running = tokio::spawn(driver.run());
         let callers: Vec<_> = callers.into_iter().map(thread::spawn).collect();
         // Each waits for room that only others' work gives it.
-        timeout(Duration::from_secs(60), running).await.expect("no call is lost").unwrap();
+        timeout(PATIENCE, running).await.expect("no call is lost").unwrap();
         callers.into_iter().for_each(|caller| caller.join().unwrap());
         assert_eq!(counted.load(SeqCst), 4 * EACH);
     }
@@ -261,17 +293,74 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn with_the_connections_task_goes_all_that_is_under_way() {
+    async fn with_the_connections_task_goes_all_that_is_under_way_and_all_that_comes_later() {
         let driver = Driver::new();
-        let (held, gone) = oneshot::channel::<()>();
         let own = driver.clone();
-        driver.spawn(async move {
-            let _held = (held, own);
-            std::future::pending().await
-        });
+        let held = |held: oneshot::Sender<()>| {
+            let own = own.clone();
+            async move {
+                let _held = (held, own);
+                std::future::pending::<()>().await;
+            }
+        };
+        let (before, gone) = oneshot::channel();
+        driver.spawn(held(before));
         let running = tokio::spawn(driver.run());
         tokio::task::yield_now().await;
         running.abort();
-        gone.await.unwrap_err();
+        timeout(PATIENCE, gone).await.expect("nobody holds it").unwrap_err();
+        let (after, gone) = oneshot::channel();
+        own.spawn(held(after));
+        timeout(PATIENCE, gone).await.expect("nobody holds it").unwrap_err();
+    }
+
+    /// What waits for `word` in a driver whose task runs, and that task.
+    async fn waiting(word: oneshot::Receiver<()>, turns: usize) -> tokio::task::JoinHandle<()> {
+        let driver = Driver::new();
+        driver.spawn(async move {
+            word.await.unwrap();
+            for _ in 0..turns {
+                // Calls for itself at once, and not by the runtime, whose own turns these are not.
+                let mut again = true;
+                poll_fn(|cx| {
+                    cx.waker().wake_by_ref();
+                    if std::mem::take(&mut again) { Poll::Pending } else { Poll::Ready(()) }
+                })
+                .await;
+            }
+        });
+        let running = tokio::spawn(driver.run());
+        tokio::task::yield_now().await;
+        running
+    }
+
+    #[tokio::test]
+    async fn what_ends_elsewhere_or_is_too_much_there_is_for_the_task_to_finish() {
+        for turns in [0, 100] {
+            let (word, is_said) = oneshot::channel();
+            let running = waiting(is_said, turns).await;
+            thread::spawn(move || driven_here(|| word.send(()).unwrap())).join().unwrap();
+            timeout(PATIENCE, running).await.expect("the task is told").unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_was_called_for_before_a_panic_is_done_all_the_same_and_within_another_too() {
+        let (word, is_said) = oneshot::channel();
+        let running = waiting(is_said, 0).await;
+        let panicked = thread::spawn(move || {
+            driven_here(|| {
+                word.send(()).unwrap();
+                panic!("after the word");
+            })
+        });
+        panicked.join().unwrap_err();
+        timeout(PATIENCE, running).await.expect("the task is told").unwrap();
+
+        let (word, is_said) = oneshot::channel();
+        let running = waiting(is_said, 0).await;
+        let within = thread::spawn(move || driven_here(|| driven_here(|| word.send(()).unwrap())));
+        within.join().unwrap();
+        timeout(PATIENCE, running).await.expect("the outer one drives").unwrap();
     }
 }

@@ -34,7 +34,7 @@ const LONGEST_HEADERS: u32 = 16 << 10;
 /// Serves until `stop` is cancelled, then closes the port and waits for open streams, at most `grace`. Streams that are still
 /// open after that end with the runtime.
 pub async fn serve(routes: Routes, listener: Listener, stop: CancellationToken, grace: Duration) {
-    let connections = TaskTracker::new();
+    let (routes, connections) = (routes.prepare(), TaskTracker::new());
     let address = listener.local_addr;
     {
         let mut incoming = pin!(listener.incoming());

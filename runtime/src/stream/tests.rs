@@ -1,11 +1,13 @@
 //! Both ends together over real sockets, against a peer that answers, refuses, ends or does not read.
 
+use std::thread;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::HeaderMap;
 use tokio::runtime;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::Status;
 use tonic::service::Routes;
@@ -54,6 +56,8 @@ fn framed(body: &[u8]) -> Bytes {
     message.finish().unwrap()
 }
 
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Asks somebody else for the answer to each message.
 #[derive(Clone)]
 struct Asking(mpsc::Sender<(Bytes, oneshot::Sender<Bytes>)>);
@@ -72,7 +76,10 @@ impl Handler for Asking {
         driver.spawn(async move {
             while let Ok(Some(message)) = messages.next().await {
                 let (answer, answered) = oneshot::channel();
-                asked.send((message, answer)).await.unwrap();
+                // Who is asked ends the stream.
+                if asked.send((message, answer)).await.is_err() {
+                    break;
+                }
                 answers.send(answered.await.unwrap()).await.unwrap();
             }
         });
@@ -198,14 +205,15 @@ async fn an_answer_leaves_on_the_thread_that_has_it_though_its_runtime_sleeps() 
             is_received.recv().unwrap();
         }
     };
-    let answering = tokio::task::spawn_blocking(answering);
+    let answering = thread::spawn(answering);
     let (outbox, mut inbox) = opened(channel::tcp(&address.await.unwrap()).await.unwrap(), "").await.unwrap();
     for number in 0..MESSAGES {
         outbox.send(framed(&body(number, 4096))).await.unwrap();
-        assert_eq!(inbox.next().await.unwrap().unwrap(), body(number, 4096));
+        let answer = timeout(PATIENCE, inbox.next()).await.expect("nobody waits for the runtime");
+        assert_eq!(answer.unwrap().unwrap(), body(number, 4096));
         received.send(()).unwrap();
     }
-    answering.await.unwrap();
+    answering.join().unwrap();
 }
 
 #[tokio::test]
@@ -216,7 +224,7 @@ async fn who_serves_and_is_told_to_stop_answers_what_is_under_way_and_ends() {
     let (_, health) = health_reporter();
     let routes = Routes::new(Front { handler: Asking(asking), rest: health });
     let stop = CancellationToken::new();
-    let serving = tokio::spawn(serve(routes, listener, stop.clone(), Duration::from_secs(60)));
+    let serving = tokio::spawn(serve(routes, listener, stop.clone(), Duration::from_secs(3600)));
     let idle = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
     let (outbox, mut inbox) = opened(channel::tcp(&address).await.unwrap(), "").await.unwrap();
     outbox.send(framed(b"asked before")).await.unwrap();
@@ -226,8 +234,16 @@ async fn who_serves_and_is_told_to_stop_answers_what_is_under_way_and_ends() {
     while channel::tcp(&address).await.is_ok() {}
     answer.send(framed(&message)).unwrap();
     assert_eq!(inbox.next().await.unwrap().unwrap(), &b"asked before"[..]);
-    drop((idle, outbox, inbox));
-    serving.await.unwrap();
+    assert!(!serving.is_finished(), "streams may go on until they end");
+    // Whoever answers ends them, and nobody here hangs up.
+    drop(asked);
+    let mut idle = idle;
+    for (inbox, outbox) in [(&mut inbox, &outbox), (&mut idle.1, &idle.0)] {
+        // One that waits for a message hears only then that nobody is there for it.
+        let _ = outbox.send(framed(b"too late")).await;
+        assert!(!matches!(timeout(PATIENCE, inbox.next()).await.unwrap(), Ok(Some(_))));
+    }
+    timeout(PATIENCE, serving).await.expect("nothing is open any more").unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -260,7 +276,7 @@ async fn who_looks_when_the_other_end_goes_away_waits_and_does_nothing_else() {
         ended = async { while inbox.next().await.is_ok_and(|message| message.is_some()) {} } => ended,
     }
     drop(inbox);
-    let more = tokio::time::timeout(Duration::from_millis(50), lookout.next()).await;
+    let more = timeout(Duration::from_millis(50), lookout.next()).await;
     assert!(more.is_err(), "there is nothing more to find");
 }
 

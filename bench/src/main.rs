@@ -113,26 +113,31 @@ const ALL: [Mode; 10] = [
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let cli = Cli::parse();
-    let machine = Machine::now();
-    let sections = match cli.what {
+    let modes = match cli.what {
         What::Echo => return echo::serve().await,
         What::Fakes { count } => return fakes::serve(count).await,
-        What::One(mode) => vec![mode.measure(&cli.model).await?],
-        What::All => all(&cli.model).await,
+        What::One(mode) => vec![mode],
+        What::All => ALL.to_vec(),
     };
-    let text = if cli.json { results::as_json(&machine, &sections) } else { results::as_text(&machine, &sections) };
-    std::io::stdout().lock().write_all(text.as_bytes())?;
-    cli.write.map_or(Ok(()), |file| results::write(&file, &machine, &sections))
-}
-
-/// One after the other; one that fails is told and does not take the others with it.
-async fn all(model: &Path) -> Vec<Section> {
+    let machine = Machine::now();
+    // A table is told as soon as it is measured: all of them take long, and who stops before the end keeps what there is.
+    let tell = |text: &dyn fmt::Display| if cli.json { Ok(()) } else { writeln!(std::io::stdout(), "{text}") };
+    tell(&machine)?;
     let mut sections = Vec::new();
-    for mode in ALL {
-        let measured = mode.measure(model).await;
-        sections.push(measured.unwrap_or_else(|error| mode.missing(&error)));
+    for mode in &modes {
+        let measured = mode.measure(&cli.model).await;
+        // Of several, one that fails is told and does not take the others with it.
+        let section = if modes.len() == 1 { measured? } else { measured.unwrap_or_else(|error| mode.missing(&error)) };
+        tell(&format_args!("\n{}", section.text.trim_end()))?;
+        sections.push(section);
     }
-    sections
+    if let Some(warning) = machine.warning() {
+        tell(&format_args!("\n{warning}"))?;
+    }
+    if cli.json {
+        std::io::stdout().write_all(results::as_json(&machine, &sections).as_bytes())?;
+    }
+    cli.write.map_or(Ok(()), |file| results::write(&file, &machine, &sections))
 }
 
 impl Mode {

@@ -1,5 +1,4 @@
-//! What was measured: each mode's table and JSON come in, one readable text, one JSON object or a page of Markdown goes
-//! out. No figure is computed here.
+//! What was measured: each mode's table and JSON come in, one JSON object or a page of Markdown goes out. No figure is computed here.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -18,13 +17,6 @@ pub(crate) struct Section {
     /// A table, or why there is none.
     pub(crate) text: String,
     pub(crate) json: Value,
-}
-
-/// Tables one after the other, and a warning where they are rough.
-pub(crate) fn as_text(machine: &Machine, sections: &[Section]) -> String {
-    let mut text = format!("{machine}\n\n");
-    text += &sections.iter().map(|section| section.text.as_str()).collect::<Vec<_>>().join("\n");
-    machine.warning().map_or(text.clone(), |warning| format!("{text}\n{warning}\n"))
 }
 
 /// One object, a key a mode.

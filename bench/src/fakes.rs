@@ -37,8 +37,8 @@ pub(crate) async fn serve(count: usize) -> anyhow::Result<()> {
         let service = ExpertWorkerServer::new(Fake { zeros: zeros.clone() })
             .max_decoding_message_size(server::MAX_INTERNAL_MESSAGE)
             .max_encoding_message_size(server::MAX_INTERNAL_MESSAGE);
-        let router = Routes::new(service);
-        serving.push(tokio::spawn(stream::serve(router, listener, stop.clone(), Duration::from_secs(1))));
+        let routes = Routes::new(service);
+        serving.push(tokio::spawn(stream::serve(routes, listener, stop.clone(), Duration::from_secs(1))));
     }
     println!("{}", json!(addresses));
     // What is read does not matter, and an error is an end too.

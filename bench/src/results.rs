@@ -1,4 +1,5 @@
-//! What was measured: each mode's table and JSON come in, one JSON object or a page of Markdown goes out. No figure is computed here.
+//! What was measured: each mode's table and JSON come in, one JSON object or a page of Markdown goes out. No
+//! figure is computed here.
 
 use std::fmt::Write as _;
 use std::path::Path;

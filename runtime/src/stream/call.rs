@@ -12,8 +12,8 @@ use std::future::poll_fn;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicUsize, fence};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::task::{Context, Poll, Waker, ready};
 
 use bytes::Bytes;
@@ -30,6 +30,7 @@ use super::assembly::Assembly;
 use super::bell::Bell;
 use super::eager::{Eager, Signs};
 use super::lookout::FIRST;
+use super::word::{lock_or_leave, was_left};
 use crate::server::{
     INTERNAL_CONNECTION_WINDOW, INTERNAL_FRAME, INTERNAL_KEEP_ALIVE, INTERNAL_KEEP_ALIVE_TIMEOUT,
     INTERNAL_STREAM_WINDOW, MAX_INTERNAL_MESSAGE,
@@ -244,15 +245,7 @@ impl Shared {
     /// to what this one came for.
     fn turn(&self, by: By) -> Poll<()> {
         loop {
-            let Some(mut line) = self.line.try_lock() else {
-                self.again.store(true, Relaxed);
-                // Either this sees that it was let go of meanwhile, or who let go of it sees that it is wanted.
-                fence(SeqCst);
-                if self.line.is_locked() {
-                    return Poll::Pending;
-                }
-                continue;
-            };
+            let Some(mut line) = lock_or_leave(&self.line, &self.again) else { return Poll::Pending };
             let wanted = self.again.swap(false, Relaxed);
             let Some(open) = line.as_mut() else { return Poll::Ready(()) };
             // Who was here in vain may have heard of what this one's runtime has not.
@@ -267,8 +260,7 @@ impl Shared {
                 }
                 return Poll::Ready(());
             }
-            fence(SeqCst);
-            if !self.again.load(Relaxed) {
+            if !was_left(&self.again) {
                 return Poll::Pending;
             }
             // A sender has other things to do than to read what arrived meanwhile.

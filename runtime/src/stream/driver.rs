@@ -10,8 +10,8 @@ use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, fence};
 use std::task::{Context, Poll, Wake, Waker};
 
 use futures::FutureExt;
@@ -19,6 +19,8 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::runtime::Handle;
+
+use super::word::{lock_or_leave, was_left};
 
 /// How often the task goes through all that is called for before others of its runtime have their turn.
 const ROUNDS: usize = 16;
@@ -58,10 +60,8 @@ pub fn driven_here<T>(work: impl FnOnce() -> T) -> T {
     impl Drop for Scope {
         fn drop(&mut self) {
             for called in HERE.take().unwrap_or_default() {
-                let left = |called: &Arc<Shared>| called.turn(ROUNDS_ELSEWHERE).is_pending();
-                let fine = !std::thread::panicking()
-                    && catch_unwind(AssertUnwindSafe(|| left(&called))).is_ok_and(|left| left);
-                if !fine {
+                let go_through = || !std::thread::panicking() && called.turn(ROUNDS_ELSEWHERE).is_pending();
+                if !catch_unwind(AssertUnwindSafe(go_through)).unwrap_or(false) {
                     // The end is for the task to see to, and so is what went wrong.
                     called.task.wake();
                 }
@@ -69,8 +69,13 @@ pub fn driven_here<T>(work: impl FnOnce() -> T) -> T {
         }
     }
     // Whoever is at it further out drives what is called for here as well.
-    let outermost = HERE.with_borrow_mut(|here| here.is_none() && here.insert(Vec::new()).is_empty());
-    let _scope = outermost.then_some(Scope);
+    let outermost = HERE.with_borrow_mut(|here| {
+        let outermost = here.is_none();
+        here.get_or_insert_default();
+        outermost
+    });
+    // Only made where it is wanted: it drives when it goes.
+    let _scope = outermost.then(|| Scope);
     work()
 }
 
@@ -119,15 +124,7 @@ impl Shared {
         let mut cx = Context::from_waker(&waker);
         let _entered = self.runtime.enter();
         for _ in 0..rounds {
-            let Some(mut under_way) = self.under_way.try_lock() else {
-                self.called.store(true, SeqCst);
-                // Either this sees that it was let go of, or who let go of it sees that it is called for.
-                fence(SeqCst);
-                if self.under_way.is_locked() {
-                    return Poll::Pending;
-                }
-                continue;
-            };
+            let Some(mut under_way) = lock_or_leave(&self.under_way, &self.called) else { return Poll::Pending };
             let Some(all) = under_way.as_mut() else { return Poll::Ready(()) };
             let at_it = AtIt::begin(&self.at_it);
             self.called.store(false, SeqCst);
@@ -140,8 +137,7 @@ impl Shared {
                 }
             };
             drop((at_it, under_way));
-            fence(SeqCst);
-            if !self.called.load(SeqCst) {
+            if !was_left(&self.called) {
                 return if left { Poll::Pending } else { Poll::Ready(()) };
             }
         }
@@ -243,10 +239,15 @@ mod tests {
         // It has begun, and waits.
         tokio::task::yield_now().await;
         let there = thread::spawn(move || {
-            driven_here(|| answer.send("word").unwrap());
-            is_done.try_recv().map(|by| by == thread::current().id())
+            let (within, around) = driven_here(|| {
+                driven_here(|| answer.send("word").unwrap());
+                // Of two around each other the outer one drives, and is not kept from it by the end of the inner one.
+                driven_here(|| ());
+                (is_done.try_recv().is_ok(), is_done)
+            });
+            (within, around.try_recv().map(|by| by == thread::current().id()))
         });
-        assert_eq!(there.join().unwrap(), Ok(true));
+        assert_eq!(there.join().unwrap(), (false, Ok(true)));
         running.await.unwrap();
     }
 

@@ -12,6 +12,7 @@ mod driver;
 mod eager;
 mod lookout;
 mod serve;
+mod word;
 
 pub use answer::{Front, Handler, Inbound};
 pub use assembly::{HEADER, Message, TooLong};

@@ -37,6 +37,7 @@ pub async fn serve(routes: Routes, listener: Listener, stop: CancellationToken, 
     let (routes, connections) = (routes.prepare(), TaskTracker::new());
     let address = listener.local_addr;
     {
+        // Let go of before others' streams are waited for: the port is closed then.
         let mut incoming = pin!(listener.incoming());
         loop {
             tokio::select! {

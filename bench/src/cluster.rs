@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, ensure};
 use conclave_model::device::Device;
 use conclave_proto::inference::v1 as pb;
 use conclave_proto::inference::v1::generate_response::Event;
@@ -24,6 +24,10 @@ use tonic::transport::Channel;
 const START_WITHIN: Duration = Duration::from_secs(300);
 /// Longer than the drain grace of every process in it.
 const STOP_WITHIN: Duration = Duration::from_secs(60);
+/// In the process's own folder.
+const READY_FILE: &str = "ready.json";
+/// Of what it said before it ended.
+const LINES_TOLD: usize = 10;
 
 /// One answer, as its client saw it.
 #[derive(Debug)]
@@ -38,19 +42,27 @@ pub(crate) struct Answer {
 /// A process's figures, by name and labels.
 pub(crate) type Figures = BTreeMap<String, f64>;
 
+/// Where it is reached.
 #[derive(Debug)]
 pub(crate) struct Cluster {
-    child: Child,
     inference: String,
     admin: String,
     router_pid: u64,
-    _scratch: TempDir,
+}
+
+/// The process that serves it.
+#[derive(Debug)]
+struct Up {
+    child: Child,
+    /// What it says on stderr.
+    log: PathBuf,
+    scratch: TempDir,
 }
 
 /// Of every cluster that is measured.
 pub(crate) const WORKERS: usize = 2;
 
-/// Starts a cluster on the processor, measures it, stops it whatever came of that.
+/// Starts a cluster on the processor, measures it, stops it whatever came of that. An error where it ends meanwhile.
 pub(crate) async fn measured<T>(
     model: &Path,
     measure: impl AsyncFnOnce(&Cluster) -> anyhow::Result<T>,
@@ -64,51 +76,81 @@ pub(crate) async fn measured_on<T>(
     model: &Path,
     measure: impl AsyncFnOnce(&Cluster) -> anyhow::Result<T>,
 ) -> anyhow::Result<T> {
-    let cluster = Cluster::start(device, model).await?;
-    let measured = measure(&cluster).await;
-    let stopped = cluster.stop().await;
+    let mut up = Up::start(device, model)?;
+    let measured = async {
+        let cluster = up.ready().await?;
+        tokio::select! {
+            measured = measure(&cluster) => measured,
+            // Whoever measures would count refused connections instead.
+            error = up.ended() => Err(error),
+        }
+    };
+    let measured = measured.await;
+    let stopped = up.stop().await;
     let report = measured?;
     stopped?;
     Ok(report)
 }
 
-impl Cluster {
-    /// Starts one router and its workers with the embedded store, computing in bf16.
-    async fn start(device: Device, model: &Path) -> anyhow::Result<Self> {
+impl Up {
+    /// One router and its workers with the embedded store, computing in bf16.
+    fn start(device: Device, model: &Path) -> anyhow::Result<Self> {
         let scratch = tempfile::tempdir()?;
-        let (ready_file, log) = (scratch.path().join("ready.json"), scratch.path().join("log"));
-        let mut child = Command::new(beside_this_program("conclave")?)
+        let log = scratch.path().join("log");
+        let child = Command::new(beside_this_program("conclave")?)
             .args(["up", "--workers", &WORKERS.to_string(), "--dtype", "bf16", "--listen", "127.0.0.1:0"])
             .args(["--device", &device.to_string(), "--model"])
             .arg(model)
             .arg("--ready-file")
-            .arg(&ready_file)
+            .arg(scratch.path().join(READY_FILE))
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(std::fs::File::create(&log)?)
             .kill_on_drop(true)
             .spawn()
             .context("cannot start conclave up")?;
-        let ready = tokio::time::timeout(START_WITHIN, wait_for(&ready_file, &mut child)).await;
-        let ready = match ready.map_err(|_| anyhow::anyhow!("not ready within {START_WITHIN:?}")).flatten() {
-            Ok(ready) => ready,
-            Err(error) => {
-                let log = std::fs::read_to_string(&log).unwrap_or_default();
-                let last = log.lines().rev().take(10).collect::<Vec<_>>();
-                bail!("conclave up: {error}\n{}", last.into_iter().rev().collect::<Vec<_>>().join("\n"));
-            }
-        };
-        let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
-        let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
-        Ok(Self {
-            child,
-            inference: text(&ready["inference"])?,
-            admin: text(&ready["admin"])?,
-            router_pid,
-            _scratch: scratch,
-        })
+        Ok(Self { child, log, scratch })
     }
 
+    /// The cluster, once it serves; an error where it does not, or not in time.
+    async fn ready(&mut self) -> anyhow::Result<Cluster> {
+        let file = self.scratch.path().join(READY_FILE);
+        let ready = tokio::select! {
+            ready = tokio::time::timeout(START_WITHIN, content(&file)) => ready,
+            error = self.ended() => return Err(error),
+        };
+        let ready = ready.map_err(|_| self.error(&format!("not ready within {START_WITHIN:?}")))?;
+        let text = |value: &Value| value.as_str().map(str::to_owned).context("an address is missing in the ready file");
+        let router_pid = ready["routers"][0]["pid"].as_u64().context("no router in the ready file")?;
+        Ok(Cluster { inference: text(&ready["inference"])?, admin: text(&ready["admin"])?, router_pid })
+    }
+
+    /// Comes when the process has ended, though nobody stopped it.
+    async fn ended(&mut self) -> anyhow::Error {
+        match self.child.wait().await {
+            Ok(status) => self.error(&format!("ended with {status}")),
+            Err(error) => self.error(&error.to_string()),
+        }
+    }
+
+    /// What happened, and what it said last.
+    fn error(&self, happened: &str) -> anyhow::Error {
+        let log = std::fs::read_to_string(&self.log).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        anyhow!("conclave up: {happened}\n{}", lines[lines.len().saturating_sub(LINES_TOLD)..].join("\n"))
+    }
+
+    /// Drains it as Ctrl-C would.
+    async fn stop(mut self) -> anyhow::Result<()> {
+        if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
+            kill_process(pid, Signal::TERM)?;
+        }
+        tokio::time::timeout(STOP_WITHIN, self.child.wait()).await.context("conclave up does not end")??;
+        Ok(())
+    }
+}
+
+impl Cluster {
     pub(crate) async fn client(&self) -> anyhow::Result<InferenceClient<Channel>> {
         Ok(InferenceClient::new(channel::internal(&self.inference)?.connect().await?))
     }
@@ -164,26 +206,14 @@ impl Cluster {
         let kib = peak.and_then(|peak| peak.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
         Ok(kib.with_context(|| format!("{file} tells no VmHWM"))? * 1024)
     }
-
-    /// Drains it as Ctrl-C would.
-    async fn stop(mut self) -> anyhow::Result<()> {
-        if let Some(pid) = self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())) {
-            kill_process(pid, Signal::TERM)?;
-        }
-        tokio::time::timeout(STOP_WITHIN, self.child.wait()).await.context("conclave up does not end")??;
-        Ok(())
-    }
 }
 
-/// The ready file's content, once it is there; an error when the child ends first.
-async fn wait_for(ready_file: &Path, child: &mut Child) -> anyhow::Result<Value> {
+/// The ready file's content, once it is there.
+async fn content(ready_file: &Path) -> Value {
     loop {
         // The file appears in one piece, but a reader may be faster than that on other file systems.
         if let Some(ready) = std::fs::read(ready_file).ok().and_then(|text| serde_json::from_slice(&text).ok()) {
-            return Ok(ready);
-        }
-        if let Some(status) = child.try_wait()? {
-            bail!("ended with {status} before it was ready");
+            return ready;
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -77,13 +77,18 @@ async fn of_model(folder: &Path, name: String, weights: Weights, work: Workload)
     for turn in 1..=TURNS {
         eprintln!("decode: {name}, turn {turn} of {TURNS}, the cluster");
         // Started anew each turn: nobody's memory and threads are beside those of whoever is measured.
-        ours.add(&measured_on(work.device, folder, async |cluster| of_cluster(cluster, turn).await).await?);
+        let rates = measured_on(work.device, folder, of_cluster).await?;
+        eprintln!("decode: {rates}");
+        ours.add(&rates);
         for ((label, peer), (_, side)) in peers.iter_mut().zip(&mut sides) {
             // Who could not do it once is not asked again.
             let (Ok(peer), Ok(measured)) = (peer, side.as_mut()) else { continue };
             eprintln!("decode: {name}, turn {turn} of {TURNS}, {label}");
             match peer.measure(folder, work).await {
-                Ok(rates) => measured.add(&rates),
+                Ok(rates) => {
+                    eprintln!("decode: {rates}");
+                    measured.add(&rates);
+                }
                 Err(error) => *side = Err(format!("{error:#}")),
             }
         }
@@ -124,7 +129,7 @@ impl Peer {
 }
 
 /// As a client sees it.
-async fn of_cluster(cluster: &Cluster, turn: usize) -> anyhow::Result<Rates> {
+async fn of_cluster(cluster: &Cluster) -> anyhow::Result<Rates> {
     let mut prompts = Prompts::new(cluster.model().await?.vocab_size);
     // Warms up, and brings every expert's weights into memory: so many rows choose all of them.
     cluster.generate(&prompts.draw(PREFILL), 8).await?;
@@ -134,10 +139,6 @@ async fn of_cluster(cluster: &Cluster, turn: usize) -> anyhow::Result<Rates> {
     }
     let prompt = prompts.draw(PREFILL);
     let first = cluster.generate(&prompt, 1).await?.first_token;
-    eprintln!(
-        "decode: turn {turn}, the cluster: {decode:.1?} and {:.0} tokens/s",
-        PREFILL as f64 / first.as_secs_f64()
-    );
     Ok(Rates { decode, prefill: PREFILL as f64 / first.as_secs_f64() })
 }
 

@@ -4,6 +4,7 @@
 mod llama;
 mod transformers;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -39,6 +40,12 @@ pub(crate) struct Rates {
     /// In the order of the workload's streams, all streams together.
     pub(crate) decode: Vec<f64>,
     pub(crate) prefill: f64,
+}
+
+impl fmt::Display for Rates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1?} and {:.1} tokens/s", self.decode, self.prefill)
+    }
 }
 
 /// What lies in `.deps/bench`, where the set-up step that stamps `stamp` was finished.

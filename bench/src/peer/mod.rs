@@ -16,8 +16,8 @@ use tokio::process::Command;
 pub(crate) use llama::{Llama, Quantity};
 pub(crate) use transformers::Transformers;
 
-/// A checkpoint loaded from disk and timed, several times over. Where the processor has no BF16,
-/// transformers takes so long at it that the rest would not be reached.
+/// A checkpoint loaded from disk and timed, several times over. Whoever takes longer is left out, so that
+/// the rest is reached.
 const WITHIN: Duration = Duration::from_secs(600);
 
 /// What is measured of everybody.

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 EXPERTS = ("grouped_mm", "eager")
 # Steps that are not timed, and seconds after which enough are.
@@ -59,16 +60,19 @@ def now(device: torch.device) -> float:
 def decode(model: PreTrainedModel, prompt: torch.Tensor, count: int) -> float:
     """Tokens per second of all streams, of what follows a few that warm up, by a plain loop: what `generate` adds would slow
     it down. Of so many tokens, or of those that are drawn in time."""
-    out = model(prompt, use_cache=True, logits_to_keep=1)
-    start, drawn = 0.0, 0
-    for step in range(WARM_UP + count - 1):
-        if step == WARM_UP:
-            start = now(prompt.device)
+
+    def step(out: ModelOutput) -> ModelOutput:
         last = out.logits[:, -1].argmax(-1, keepdim=True)
-        out = model(last, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
-        drawn = step + 1 - WARM_UP
+        return model(last, past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    for _ in range(WARM_UP):
+        out = step(out)
+    start = now(prompt.device)
+    for drawn in range(1, count):
+        out = step(out)
         # The clock alone: to wait for a GPU in every step would slow it down.
-        if drawn > 0 and time.perf_counter() - start > DECODE_WITHIN:
+        if time.perf_counter() - start > DECODE_WITHIN:
             break
     return len(prompt) * drawn / (now(prompt.device) - start)
 

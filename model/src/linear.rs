@@ -158,7 +158,7 @@ impl Linear {
     /// without a bias.
     pub(crate) fn some_outputs(&self, x: &Tensor, outs: &[u32]) -> Vec<f32> {
         let Stored::Plain(weight) = &self.weight else { unreachable!("only plain weights are asked for some rows") };
-        let weight = Stored::Plain(Weight::owned(weight.some_rows(outs)));
+        let weight = Stored::Plain(Weight::owned(tensor::gathered(weight, outs)));
         let some = Self { weight, bias: None, out: outs.len() as i64, compute: self.compute };
         let [y] = side_by_side([&some], x);
         tensor::rows(&y).to_f32(Isa::best())

@@ -12,6 +12,7 @@ use crate::{
     device::Compute,
     head::{Greatest, Head},
     hidden::Hidden,
+    kernels::tensor,
     linear::Linear,
     norm::RmsNorm,
     rope::Rope,
@@ -109,7 +110,7 @@ impl Transformer {
 /// The rows `[T, D]` of `tokens` in `embed` `[vocab_size, D]`.
 pub(crate) fn lookup(embed: &Weight, tokens: &[u32]) -> Tensor {
     if embed.device() == Device::Cpu {
-        return embed.some_rows(tokens);
+        return tensor::gathered(embed, tokens);
     }
     let ids: Vec<i64> = tokens.iter().map(|&id| i64::from(id)).collect();
     embed.index_select(0, &placed(&ids, embed.device()))

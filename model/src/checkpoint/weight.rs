@@ -62,16 +62,6 @@ impl Weight {
         Self::owned(tch::no_grad(|| self.tensor.to_device_(device, kind, false, false)))
     }
 
-    /// Rows `rows` of it, `[rows, columns]`, on the processor; by plain copies: libtorch would wake its own threads for it, and they
-    /// do not go to sleep soon.
-    pub(crate) fn some_rows(&self, rows: &[u32]) -> Tensor {
-        let some = Tensor::empty([rows.len() as i64, self.tensor.size()[1]], (self.tensor.kind(), Device::Cpu));
-        for (to, &row) in (0..).zip(rows) {
-            some.get(to).copy_(&self.tensor.get(i64::from(row)));
-        }
-        some
-    }
-
     /// Reads its pages now, so that nobody waits for them later. Whoever calls this waits, and hears of a disk that cannot be
     /// read: later, a page that does not come would end the process.
     pub(crate) fn fetch(&self) -> io::Result<()> {

@@ -6,7 +6,7 @@ mod screen;
 
 use std::sync::Arc;
 
-use screen::Screen;
+use screen::{Screen, Seen};
 use tch::Tensor;
 
 use crate::{
@@ -38,7 +38,7 @@ impl Greatest {
 }
 
 impl Head {
-    /// On the processor a screen is made here, half as large as the head is in BF16.
+    /// On the processor a screen is made here, a bit more than a quarter of what the head is in BF16.
     pub(crate) fn new(linear: Linear) -> Self {
         let here = linear.compute().device == Device::Cpu;
         let screen = here.then(|| Screen::of(&linear.matrix())).flatten();
@@ -57,22 +57,32 @@ impl Head {
 
     /// Of each row of `x`. Where there is a screen, few logits are computed, and the screen is what is read.
     pub(crate) fn greatest(&self, x: &Tensor) -> Vec<Greatest> {
-        let rows = x.size()[0] as usize;
-        let Some(screen) = self.screen.as_ref().filter(|_| Screen::suits(Isa::best(), rows)) else {
-            let (logits, vocab) = (self.logits(x), self.linear.out());
-            return logits.chunks_exact(vocab).map(Greatest::of).collect();
-        };
-        let x = x.contiguous();
-        let values = tensor::rows(&x).to_f32(Isa::best());
-        let candidates = screen.candidates(&values);
-        (0..).zip(candidates).map(|(row, candidates)| self.greatest_of(&x.narrow(0, row, 1), candidates)).collect()
+        let (x, rows) = (x.contiguous(), x.size()[0]);
+        let screen = self.screen.as_ref().filter(|_| Screen::suits(Isa::best(), rows as usize));
+        let seen = screen.map(|screen| screen.look(&tensor::rows(&x).to_f32(Isa::best())));
+        let seen = seen.unwrap_or_else(|| (0..rows).map(|_| None).collect());
+        let few = |(row, seen): (i64, Option<Seen>)| self.among_few(&x.narrow(0, row, 1), &seen?);
+        let mut found: Vec<Option<Greatest>> = (0..).zip(seen).map(few).collect();
+        let left: Vec<i64> = (0..).zip(&found).filter_map(|(row, found)| found.is_none().then_some(row)).collect();
+        if !left.is_empty() {
+            let rows = if left.len() == found.len() { x } else { x.index_select(0, &Tensor::from_slice(&left)) };
+            let logits = self.logits(&rows);
+            for (row, logits) in left.iter().zip(logits.chunks_exact(self.linear.out())) {
+                found[*row as usize] = Some(Greatest::of(logits));
+            }
+        }
+        found.into_iter().flatten().collect()
     }
 
-    /// Of one row. `candidates` has the greatest one; `None` is all.
-    fn greatest_of(&self, x: &Tensor, candidates: Option<Vec<u32>>) -> Greatest {
-        let Some(candidates) = candidates else { return Greatest::of(&self.logits(x)) };
-        let Greatest { token, logit } = Greatest::of(&self.linear.some_outputs(x, &candidates));
-        Greatest { token: candidates[token as usize], logit }
+    /// Of one row, of which that has been seen; `None` where all its logits are to be computed.
+    fn among_few(&self, x: &Tensor, seen: &Seen) -> Option<Greatest> {
+        let among = |tokens: &[u32]| {
+            let Greatest { token, logit } = Greatest::of(&self.linear.some_outputs(x, tokens));
+            Greatest { token: tokens[token as usize], logit }
+        };
+        let likeliest = among(&[seen.likeliest]);
+        let candidates = seen.not_below(likeliest.logit)?;
+        candidates.contains(&likeliest.token).then(|| among(&candidates))
     }
 }
 
@@ -131,9 +141,11 @@ mod tests {
         let x = draw(3).to_kind(Kind::BFloat16);
         let values = tensor::rows(&x).to_f32(Isa::best());
         let screen = head.screen.as_ref().expect("numbers have a screen");
-        for candidates in screen.candidates(&values) {
-            let candidates = candidates.expect("they are few");
-            assert!((1..2_000).contains(&candidates.len()), "{}", candidates.len());
+        for (row, seen) in (0..).zip(screen.look(&values)) {
+            let seen = seen.expect("rows are numbers");
+            let logits = head.logits(&x.narrow(0, row, 1));
+            let candidates = seen.not_below(logits[seen.likeliest as usize]).expect("they are few");
+            assert!(candidates.len() < 1_000 && candidates.contains(&seen.likeliest), "{candidates:?}");
         }
     }
 

@@ -1,25 +1,32 @@
-//! Which tokens may have the greatest logit, found without computing any. In: a head, once; then rows. Out: for each row the few
-//! tokens among which the greatest is. Never here: a logit; a token left out that might win.
+//! Which tokens may have the greatest logit, found without computing any. In: a head, once; then rows. Out: for each row a token that
+//! probably has it, and once its logit is known, the few tokens that may have a greater one. Never here: a logit.
 //!
 //! Decoding greedily wants one token of a whole vocabulary, and a head in BF16 may be as large as all else that a token reads. A
-//! line w of it is kept as w = s q + e, q of whole numbers up to 127, and a row as x = t p + d, p of whole numbers up to some
-//! thousands. Then w x = s t (q p) + e x + s q d, where q p is exact and reads half of what w would, and the other two
-//! are at most |e| |x| + |s q| |d| (Cauchy and Schwarz), of which the norms of lines are known beforehand. Who with the most that may be
-//! added to him stays below what another has at least is out.
+//! line w of it is kept in whole numbers n of 4 bits: w = w' + e with w' = s (n - 8 - u), s a step of its block's; a row in p of
+//! 8 bits: x = t (p - v) + d. What is added before values are rounded, u and v, was drawn for each place from between -1/2 and 1/2. That makes
+//! e and d uniform draws of half a step at most to either side, whatever w and x are, and independent of each other (subtractive
+//! dither; Schuchman 1964). Then w x = t (s n) p - t s (8 + u) p - t w' v + w' d + e x. The first is exact, and reads a quarter of what w
+//! would; the second is one number per block, for all lines; the third one per line, for all rows.
+//!
+//! The others are sums of independent draws. Such a sum is beyond k standard deviations with a chance of less than 2 exp(-k²/2), since a uniform
+//! draw's exponential moments are below those of a normal one of its variance (Hoeffding's argument). With [`DEVIATIONS`] for each of
+//! the two that is 2.2e-26 a logit: a token that is not the greatest is taken less than once in 10^20. Memory errs more often. Who with the
+//! most that may be added stays below a logit that is known is out.
+//!
+//! Before all this, lines and rows are turned, which leaves their products as they are: signs drawn at random and a Hadamard transform within
+//! blocks spread what is large in one place over all, and steps become smaller.
 
 use parking_lot::Mutex;
 
-use super::kernels;
+use super::kernels::{self, BLOCK, PART};
 use crate::{
     kernels::{Isa, Matrix, Rows, matrix::Values, team},
     wire::all_finite,
 };
 
-/// Lines that one thread takes at once.
-const PART: usize = 256;
-/// Whole numbers of a row, at most: more would make its own error small beside the lines', which it is already.
-const MOST_STEPS: f32 = 4095.0;
-/// What a logit computed in f32 may be off by, and the norms of lines and rows too: a share of |w| |x|.
+/// What is dithered is believed to be off by so many standard deviations, at most.
+pub(super) const DEVIATIONS: f32 = 11.0;
+/// What a logit computed in f32 may be off by, and what is computed here: a share of |w| |x|.
 pub(super) const ROUNDING: f32 = 1.0 / 4096.0;
 /// What it may lose when it becomes BF16, twice, as a share of itself.
 const AS_BF16: f32 = 1.0 / 64.0;
@@ -27,38 +34,88 @@ const AS_BF16: f32 = 1.0 / 64.0;
 const MOST_CANDIDATES: usize = 8;
 /// Rows that a line is multiplied with at once.
 const ROWS: usize = 4;
+/// Blocks of a line, at most: sums of whole numbers fit.
+const MOST_BLOCKS: usize = 512;
 
 /// A head, `[vocab_size, D]`, in whole numbers.
 #[derive(Debug)]
 pub(super) struct Screen {
     inner: usize,
-    /// `[vocab_size, D]`
-    codes: Vec<i8>,
-    worth: Vec<Worth>,
+    /// B, of a line.
+    blocks: usize,
+    drawn: Drawn,
+    /// Two numbers a byte, `[vocab_size, B, 32]`.
+    codes: Vec<u8>,
+    /// Steps of blocks, in steps of their line, `[ceil(vocab_size / 128), B, 128]`.
+    sizes: Vec<u8>,
+    /// `[vocab_size]`
+    pub(super) lines: Vec<Line>,
 }
 
-/// What whole numbers are worth.
+/// What was drawn for each place of a line, `[B, 64]`. It decides which logits are computed, and about none of them.
+#[derive(Debug)]
+pub(super) struct Drawn {
+    /// 1 or -1.
+    pub(super) signs: Vec<f32>,
+    /// u
+    pub(super) for_lines: Vec<f32>,
+    /// v
+    pub(super) for_rows: Vec<f32>,
+}
+
+/// What a line's numbers are worth.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Line {
+    /// A step of the line, of which a block's are multiples.
+    pub(super) step: f32,
+    /// Neither |w| nor |w'| is more.
+    pub(super) norm: f32,
+    /// w' v
+    pub(super) shift: f32,
+}
+
+/// A row in whole numbers.
+#[derive(Debug)]
+pub(super) struct Row {
+    /// p, `[B, 64]`
+    pub(super) codes: Vec<i8>,
+    /// Of each block (8 + u) p, `[B]`.
+    pub(super) offsets: Vec<f32>,
+    /// Of each block the square of its norm, in steps of the row, `[B]`.
+    pub(super) squares: Vec<f32>,
+    pub(super) worth: Worth,
+    /// Whether they say anything of the row.
+    finite: bool,
+}
+
+/// What a row's numbers are worth.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Worth {
-    /// One of them: s, t.
+    /// One of them: t.
     pub(super) step: f32,
-    /// What they leave, its norm: |e|, |d|.
-    pub(super) left: f32,
-    /// All together, their norm: |s q|, |t p|.
+    /// |x|
     pub(super) norm: f32,
 }
 
-/// What is known of the logits of one part.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Known {
-    /// The greatest is not below.
-    pub(super) least: f32,
-    /// None is above.
-    pub(super) most: f32,
+/// What is known of one row's logits.
+#[derive(Debug)]
+pub(super) struct Seen {
+    /// Which token has probably the greatest.
+    pub(super) likeliest: u32,
+    /// How great each may be, by parts.
+    most: Vec<Vec<f32>>,
+}
+
+/// One row's logits of one part.
+#[derive(Debug, Default)]
+struct OfPart {
+    most: Vec<f32>,
+    /// Where the greatest is probably, and what it is then.
+    likeliest: (usize, f32),
 }
 
 impl Screen {
-    /// `None` where the head has what is no number, or nothing.
+    /// `None` where the head has what is no number, or nothing, or lines that are too long.
     pub(super) fn of(head: &Matrix<'_>) -> Option<Self> {
         let (vocab, inner) = (head.out, head.inner);
         let all = match head.values {
@@ -66,19 +123,35 @@ impl Screen {
             Values::Bf16(values) => Rows::Bf16(values),
             Values::Fp8 { .. } => return None,
         };
-        let mut screen = Self { inner, codes: vec![0; vocab * inner], worth: vec![Worth::default(); vocab] };
-        let parts: Vec<_> =
-            screen.codes.chunks_mut(PART * inner).zip(screen.worth.chunks_mut(PART)).map(Mutex::new).collect();
+        let blocks = inner.div_ceil(BLOCK);
+        if vocab == 0 || blocks > MOST_BLOCKS {
+            return None;
+        }
+        let mut screen = Self {
+            inner,
+            blocks,
+            drawn: Drawn::draw(blocks * BLOCK),
+            codes: vec![0; vocab * blocks * BLOCK / 2],
+            sizes: vec![0; vocab.div_ceil(PART) * PART * blocks],
+            lines: vec![Line::default(); vocab],
+        };
+        let (drawn, line_bytes) = (&screen.drawn, blocks * BLOCK / 2);
+        let parts: Vec<_> = screen
+            .codes
+            .chunks_mut(PART * line_bytes)
+            .zip(screen.sizes.chunks_exact_mut(PART * blocks))
+            .zip(screen.lines.chunks_mut(PART))
+            .map(Mutex::new)
+            .collect();
         team::run(parts.len(), &|part| {
-            let (codes, worth) = &mut *parts[part].lock();
-            for (nth, (codes, worth)) in codes.chunks_exact_mut(inner).zip(worth.iter_mut()).enumerate() {
+            let ((codes, sizes), lines) = &mut *parts[part].lock();
+            for (nth, (codes, line)) in codes.chunks_exact_mut(line_bytes).zip(lines.iter_mut()).enumerate() {
                 let values = all.part((part * PART + nth) * inner, inner).to_f32(Isa::best());
-                *worth = kernels::line_in_steps(&values, codes);
+                *line = kernels::line_in_steps(&drawn.turned(&values), drawn, codes, &mut sizes[nth..]);
             }
         });
         drop(parts);
-        let numbers = screen.worth.iter().all(|worth| (worth.left + worth.norm).is_finite());
-        (numbers && vocab > 0).then_some(screen)
+        screen.lines.iter().all(|line| line.norm.is_finite()).then_some(screen)
     }
 
     /// Whether reading the screen for so many rows costs less than computing all their logits. Where BF16 is multiplied as it is, one
@@ -90,84 +163,138 @@ impl Screen {
         }
     }
 
-    /// For each of the rows `x` `[T, D]` the tokens that may have the greatest logit, the lowest first; `None` where they are
-    /// many, or the row is no numbers.
-    pub(super) fn candidates(&self, x: &[f32]) -> Vec<Option<Vec<u32>>> {
-        let rows: Vec<Row> = x.chunks_exact(self.inner).map(Row::of).collect();
-        let parts: Vec<Mutex<Vec<OfPart>>> = self.worth.chunks(PART).map(|_| Mutex::default()).collect();
+    /// What may be said of the logits of each of the rows `x` `[T, D]`; `None` where the row is no numbers.
+    pub(super) fn look(&self, x: &[f32]) -> Vec<Option<Seen>> {
+        let rows: Vec<Row> = x.chunks_exact(self.inner).map(|x| Row::of(x, &self.drawn)).collect();
+        let parts: Vec<Mutex<Vec<OfPart>>> = self.lines.chunks(PART).map(|_| Mutex::default()).collect();
         team::run(parts.len(), &|part| *parts[part].lock() = self.part(part, &rows));
-        let parts: Vec<Vec<OfPart>> = parts.into_iter().map(Mutex::into_inner).collect();
-        let of_row = |row| parts.iter().map(move |of_rows| &of_rows[row]);
-        (0..rows.len()).map(|row| if rows[row].finite { self.may_win(of_row(row)) } else { None }).collect()
+        let mut seen: Vec<Seen> = rows.iter().map(|_| Seen { likeliest: 0, most: Vec::new() }).collect();
+        let mut greatest = vec![f32::NEG_INFINITY; rows.len()];
+        for (part, of_rows) in parts.into_iter().map(Mutex::into_inner).enumerate() {
+            for ((seen, greatest), of_part) in seen.iter_mut().zip(&mut greatest).zip(of_rows) {
+                let (at, logit) = of_part.likeliest;
+                if logit > *greatest {
+                    (seen.likeliest, *greatest) = ((part * PART + at) as u32, logit);
+                }
+                seen.most.push(of_part.most);
+            }
+        }
+        seen.into_iter().zip(&rows).map(|(seen, row)| row.finite.then_some(seen)).collect()
     }
 
     /// What may be said of part `part`, for each of `rows`.
     fn part(&self, part: usize, rows: &[Row]) -> Vec<OfPart> {
-        let worth = &self.worth[part * PART..];
-        let worth = &worth[..PART.min(worth.len())];
-        let codes = &self.codes[part * PART * self.inner..][..worth.len() * self.inner];
-        let mut of_rows: Vec<OfPart> =
-            rows.iter().map(|_| OfPart { most: vec![0.0; worth.len()], known: Known::default() }).collect();
-        let mut dots = vec![0; rows.len() * worth.len()];
-        for (nth, codes) in codes.chunks_exact(self.inner).enumerate() {
-            for (first, rows) in (0..).step_by(ROWS).zip(rows.chunks(ROWS)) {
-                let mut put = |row: usize, dot| dots[(first + row) * worth.len() + nth] = dot;
+        let first = part * PART;
+        let lines = &self.lines[first..self.lines.len().min(first + PART)];
+        let sizes = &self.sizes[first * self.blocks..][..PART * self.blocks];
+        let line_bytes = self.blocks * BLOCK / 2;
+        let codes = &self.codes[first * line_bytes..][..lines.len() * line_bytes];
+        let mut of_rows = Vec::with_capacity(rows.len());
+        for rows in rows.chunks(ROWS) {
+            let mut dots = [[0.0; PART]; ROWS];
+            for (nth, codes) in codes.chunks_exact(line_bytes).enumerate() {
+                let sizes = &sizes[nth..];
                 if let [a, b, c, d] = rows {
-                    let four = kernels::four_dots(codes, [&a.steps, &b.steps, &c.steps, &d.steps]);
-                    four.into_iter().enumerate().for_each(|(row, dot)| put(row, dot));
+                    let four = kernels::dots(codes, sizes, [a, b, c, d].map(|row| row.codes.as_slice()));
+                    (0..ROWS).for_each(|row| dots[row][nth] = four[row]);
                 } else {
-                    rows.iter().enumerate().for_each(|(row, x)| put(row, kernels::dot(codes, &x.steps)));
+                    for (dots, row) in dots.iter_mut().zip(rows) {
+                        [dots[nth]] = kernels::dots(codes, sizes, [&row.codes]);
+                    }
                 }
             }
-        }
-        for ((of_row, row), dots) in of_rows.iter_mut().zip(rows).zip(dots.chunks_exact(worth.len())) {
-            of_row.known = kernels::bounds(worth, row.worth, dots, &mut of_row.most);
+            of_rows.extend(rows.iter().zip(&dots).map(|(row, dots)| {
+                let mut most = vec![0.0; lines.len()];
+                let likeliest = kernels::bounds(lines, sizes, row, dots, &mut most);
+                OfPart { most, likeliest }
+            }));
         }
         of_rows
     }
+}
 
-    fn may_win<'a>(&self, parts: impl Iterator<Item = &'a OfPart> + Clone) -> Option<Vec<u32>> {
-        let least = parts.clone().map(|part| part.known.least).fold(f32::NEG_INFINITY, f32::max);
-        let least = least - least.abs() * AS_BF16;
-        if !least.is_finite() {
-            return None;
-        }
-        let most = self.worth.len() / MOST_CANDIDATES;
+impl Seen {
+    /// Tokens whose logit may be `logit` or greater, the lowest first; `None` where they are many.
+    pub(super) fn not_below(&self, logit: f32) -> Option<Vec<u32>> {
+        let least = logit - logit.abs() * AS_BF16;
+        let vocab: usize = self.most.iter().map(Vec::len).sum();
         let mut candidates = Vec::new();
-        for (first, part) in (0..).step_by(PART).zip(parts).filter(|(_, part)| part.known.most >= least) {
-            let may_win = |(token, logit): (u32, &f32)| (*logit >= least).then_some(token);
-            candidates.extend((first..).zip(&part.most).filter_map(may_win));
-            if candidates.len() > most {
+        for (first, most) in (0..).step_by(PART).zip(&self.most) {
+            candidates.extend((first..).zip(most).filter_map(|(token, most)| (*most >= least).then_some(token)));
+            if candidates.len() > vocab / MOST_CANDIDATES {
                 return None;
             }
         }
-        (!candidates.is_empty()).then_some(candidates)
+        Some(candidates)
     }
 }
 
-/// A row in whole numbers.
-struct Row {
-    /// p
-    steps: Vec<i16>,
-    worth: Worth,
-    /// Whether they say anything of the row.
-    finite: bool,
-}
+impl Drawn {
+    fn draw(places: usize) -> Self {
+        let draw = || (0..places).map(|_| rand::random::<f32>() - 0.5).collect();
+        Self {
+            signs: (0..places).map(|_| if rand::random() { 1.0 } else { -1.0 }).collect(),
+            for_lines: draw(),
+            for_rows: draw(),
+        }
+    }
 
-/// One row's logits of one part.
-struct OfPart {
-    /// None is above.
-    most: Vec<f32>,
-    known: Known,
+    /// A line or a row as it is kept, `[B, 64]`.
+    fn turned(&self, values: &[f32]) -> Vec<f32> {
+        let mut turned = vec![0.0; self.signs.len()];
+        turned[..values.len()].copy_from_slice(values);
+        kernels::turn(&mut turned, &self.signs);
+        turned
+    }
 }
 
 impl Row {
-    fn of(x: &[f32]) -> Self {
-        // No sum of products with a line's numbers may be too large.
-        let most_steps = MOST_STEPS.min((i32::MAX as usize / 128 / x.len()) as f32).max(1.0);
-        let mut steps = vec![0; x.len()];
-        let worth = kernels::row_in_steps(x, most_steps, &mut steps);
-        let finite = all_finite(x) && worth.step >= f32::MIN_POSITIVE && (worth.left + worth.norm).is_finite();
-        Self { steps, worth, finite }
+    fn of(x: &[f32], drawn: &Drawn) -> Self {
+        let places = drawn.signs.len();
+        let (mut codes, blocks) = (vec![0; places], places / BLOCK);
+        let (mut offsets, mut squares) = (vec![0.0; blocks], vec![0.0; blocks]);
+        let turned = drawn.turned(x);
+        let worth = kernels::row_in_steps(&turned, drawn, &mut codes, &mut offsets, &mut squares);
+        let finite = all_finite(x) && worth.step >= f32::MIN_POSITIVE && worth.norm.is_finite();
+        Self { codes, offsets, squares, worth, finite }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// All kinds of lines, and a row with one large value.
+    #[test]
+    fn estimates_are_off_by_what_draws_are() {
+        const VOCAB: usize = 1500;
+        let draw = || rand::random::<f32>() - 0.5;
+        let row = |place: usize| (place as f32 * 0.01).sin() + if place == 3 { 9.0 } else { 0.0 };
+        let kinds: [(&str, &dyn Fn(usize, usize) -> f32); 4] = [
+            ("drawn", &|_, _| draw()),
+            ("all the same", &|line, _| line as f32),
+            ("some far larger", &|_, place| if place % 50 == 7 { 40.0 * draw() } else { draw() }),
+            ("like the row", &|_, place| row(place) + 0.1 * draw()),
+        ];
+        for (kind, value) in kinds {
+            for inner in [100, 576, 2048] {
+                let head: Vec<f32> = (0..VOCAB * inner).map(|at| value(at / inner, at % inner)).collect();
+                let screen = Screen::of(&Matrix::new(Values::F32(&head), VOCAB, inner)).unwrap();
+                let x: Vec<f32> = (0..inner).map(row).collect();
+                // A row and its opposite: half the sum is what may be above, half the difference the estimate.
+                let [most, of_opposite] = [1.0, -1.0].map(|sign| {
+                    screen.look(&x.iter().map(|x| sign * x).collect::<Vec<_>>()).remove(0).unwrap().most.concat()
+                });
+                let shares =
+                    head.chunks_exact(inner).zip(most.iter().zip(&of_opposite)).map(|(line, (most, of_opposite))| {
+                        let logit: f64 = line.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x)).sum();
+                        let (most, of_opposite) = (f64::from(*most), f64::from(*of_opposite));
+                        ((most - of_opposite) / 2.0 - logit) / ((most + of_opposite) / 2.0)
+                    });
+                let largest = shares.fold(0f64, |most, share| most.max(share.abs()));
+                // Seven deviations: none in a thousand million draws.
+                assert!(largest < 7.0 / f64::from(DEVIATIONS), "{kind}, {inner}: {largest}");
+            }
+        }
     }
 }

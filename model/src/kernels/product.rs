@@ -10,7 +10,7 @@ use super::{
     isa::Isa,
     lanes,
     matrix::Matrix,
-    operand::{Format, Operand, TILE_ROWS, View, round},
+    operand::{Format, Operand, Rows, TILE_ROWS, View, round},
     team,
 };
 #[cfg(target_arch = "x86_64")]
@@ -147,6 +147,21 @@ impl Out<'_> {
                     to.iter_mut().zip(values).for_each(|(to, value)| *to = round(*value));
                 }
                 Self::Scattered(_) => unreachable!("scattered rows are written by row"),
+            }
+        }
+    }
+
+    /// As they are, from `at` on; to memory of their format.
+    ///
+    /// # Safety
+    /// As [`write_row`](Self::write_row)'s.
+    pub(super) unsafe fn copy(self, at: usize, values: Rows<'_>) {
+        // SAFETY: the caller's.
+        unsafe {
+            match (self, values) {
+                (Self::F32(to), Rows::F32(from)) => from.as_ptr().copy_to_nonoverlapping(to.add(at), from.len()),
+                (Self::Bf16(to), Rows::Bf16(from)) => from.as_ptr().copy_to_nonoverlapping(to.add(at), from.len()),
+                _ => unreachable!("a copy changes no format"),
             }
         }
     }

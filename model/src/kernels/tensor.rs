@@ -1,10 +1,10 @@
 //! The door between libtorch's tensors and the kernels. In: tensors on the processor. Out: their memory as slices, for as long
-//! as they are borrowed. Never here: a copy, a device other than the processor.
+//! as they are borrowed; or some rows of it. Never here: a device other than the processor.
 
 use half::bf16;
 use tch::{Device, Kind, Tensor};
 
-use super::{operand::Rows, product::Out};
+use super::{operand::Rows, product::Out, team};
 
 /// The values of an f32 tensor. Panics where it is another kind of tensor.
 pub(crate) fn f32s(tensor: &Tensor) -> &[f32] {
@@ -43,6 +43,23 @@ pub(crate) fn out(tensor: &Tensor) -> Out<'static> {
         Kind::BFloat16 => Out::Bf16(tensor.data_ptr().cast()),
         kind => panic!("kernels write no {kind:?}"),
     }
+}
+
+/// Rows `rows` of a matrix `[n, columns]`, `[rows, columns]`; by the team: libtorch would wake its own threads, and they do not go
+/// to sleep soon.
+pub(crate) fn gathered(matrix: &Tensor, rows: &[u32]) -> Tensor {
+    /// What a thread takes at once.
+    const AT_ONCE: usize = 16;
+    let columns = matrix.size()[1];
+    let gathered = Tensor::empty([rows.len() as i64, columns], (matrix.kind(), Device::Cpu));
+    let (all, to, columns) = (self::rows(matrix), out(&gathered), columns as usize);
+    team::run(rows.len().div_ceil(AT_ONCE), &|part| {
+        for (at, row) in rows.iter().enumerate().skip(part * AT_ONCE).take(AT_ONCE) {
+            // SAFETY: row `at`, which is this task's alone.
+            unsafe { to.copy(at * columns, all.part(*row as usize * columns, columns)) };
+        }
+    });
+    gathered
 }
 
 fn slice<T>(tensor: &Tensor, kind: Kind) -> &[T] {

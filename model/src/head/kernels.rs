@@ -1,7 +1,8 @@
-//! Loops of the screen. In: lines of a head, whole numbers of lines and rows. Out: whole numbers, their products, bounds. Never
-//! here: which line may win.
+//! Loops of the screen. In: lines of a head, whole numbers of lines and rows. Out: whole numbers, their products,
+//! bounds. Never here: which line may win.
 //!
-//! Written and compiled as the wire's loops are, but for the products, which want instructions that compilers do not find.
+//! Written and compiled as the wire's loops are, but for the products, which want instructions that compilers do not
+//! find.
 
 use super::screen::{Drawn, Line, Row, Worth};
 use crate::kernels::{Isa, isa::by_isa};
@@ -10,23 +11,22 @@ use crate::kernels::{Isa, isa::by_isa};
 pub(super) const BLOCK: usize = 64;
 /// Lines of a part, whose sizes lie block by block.
 pub(super) const PART: usize = 128;
-/// Bytes of their numbers: the first half of the block in lower halves of bytes, the second in upper.
+/// Bytes of a block's numbers: the first half of it in lower halves of bytes, the second in upper.
 const BYTES: usize = BLOCK / 2;
-/// Bytes that lines are fetched ahead.
-const AHEAD: usize = 8 << 10;
 
 by_isa! {
     /// Whole blocks `x`, each value by its sign and each block by a Hadamard matrix over 8, which is orthogonal.
     fn turn(x: &mut [f32], signs: &[f32]);
-    /// A turned line in numbers of 4 bits, and the steps of its blocks, one in every part's lines of `sizes`. Its norm is not finite
-    /// where the line is not.
+    /// A turned line in numbers of 4 bits, and the steps of its blocks, one in every part's lines of `sizes`. Its
+    /// norm is not finite where the line is not.
     fn line_in_steps(
         line: &[f32],
         drawn: &crate::head::screen::Drawn,
         codes: &mut [u8],
         sizes: &mut [u8]
     ) -> crate::head::screen::Line;
-    /// A turned row in numbers of 8 bits, and of each block what the lines' draws take off and the square of its norm, in steps.
+    /// A turned row in numbers of 8 bits, and of each block what the lines' draws take off and the square of its
+    /// norm, in steps.
     fn row_in_steps(
         x: &[f32],
         drawn: &crate::head::screen::Drawn,
@@ -34,7 +34,8 @@ by_isa! {
         offsets: &mut [f32],
         squares: &mut [f32]
     ) -> crate::head::screen::Worth;
-    /// From the products of lines with a row to what logits are at most, into `most`; and where the greatest probably is, and what.
+    /// From the products of lines with a row to what logits are at most, into `most`; and where the greatest probably
+    /// is, and what.
     fn bounds(
         lines: &[crate::head::screen::Line],
         sizes: &[u8],
@@ -44,8 +45,8 @@ by_isa! {
     ) -> (usize, f32);
 }
 
-/// Of a line's numbers and those of each row: the sum of their products, a block's times its size. It is off by what sums of f32 are.
-/// `sizes` begins with the line's first, and a part further lies its next.
+/// Of a line's numbers and those of each row: the sum of their products, a block's times its size. It is off by what
+/// sums of f32 are. `sizes` begins with the line's first, and a part further lies its next.
 pub(super) fn dots<const R: usize>(codes: &[u8], sizes: &[u8], rows: [&[i8]; R]) -> [f32; R] {
     let blocks = codes.len() / BYTES;
     assert!(rows.iter().all(|row| row.len() == blocks * BLOCK) && sizes.chunks(PART).len() >= blocks);
@@ -72,8 +73,8 @@ fn plain_dots<const R: usize>(codes: &[u8], sizes: &[u8], rows: [&[i8]; R]) -> [
     })
 }
 
-/// Two products of a number below 16 and one within 127 fit into 16 bits, and so do four; times a size, two of those into 32 bits, and
-/// so does the sum of some hundred blocks.
+/// Two products of a number below 16 and one within 127 fit into 16 bits, and so do four; times a size, two of those
+/// into 32 bits, and so does the sum of some hundred blocks.
 ///
 /// # Safety
 /// The processor has AVX2; of B blocks there are 32 bytes of codes each, one of sizes a part apart, and 64 of each row.
@@ -82,6 +83,8 @@ fn plain_dots<const R: usize>(codes: &[u8], sizes: &[u8], rows: [&[i8]; R]) -> [
 #[allow(unsafe_code)]
 unsafe fn dots_avx2<const R: usize>(codes: &[u8], sizes: &[u8], rows: [&[i8]; R]) -> [f32; R] {
     use std::arch::x86_64::*;
+    /// Bytes that lines are fetched ahead.
+    const AHEAD: usize = 8 << 10;
     let low = _mm256_set1_epi8(15);
     let mut sums = [_mm256_setzero_si256(); R];
     for (block, codes) in codes.as_chunks::<BYTES>().0.iter().enumerate() {
@@ -133,7 +136,8 @@ mod portable {
         most.into_iter().fold(0.0, f32::max)
     }
 
-    /// Those of a whole number of a few bits, which 1.5 * 2^23 leaves there: what conversions do about what is none is no loop of vectors.
+    /// Those of a whole number of a few bits, which 1.5 * 2^23 leaves there: what conversions do about what is none
+    /// is no loop of vectors.
     #[inline(always)]
     fn lowest_bits(whole: f32) -> u32 {
         (whole + 12_582_912.0).to_bits()
@@ -261,7 +265,7 @@ mod portable {
                 // Sums here are off by less than that, too: their parts are some times as large as |w| |x| at most.
                 let beside = drawn + line.norm * norm * ROUNDING + f32::MIN_POSITIVE;
                 // What overflows may win.
-                *most = if (logit + beside).is_nan() { f32::INFINITY } else { logit + beside };
+                *most = if (logit + beside).is_finite() { logit + beside } else { f32::INFINITY };
                 let greater = logit > greatest[lane];
                 greatest[lane] = if greater { logit } else { greatest[lane] };
                 at[lane] = if greater { chunk as u32 } else { at[lane] };

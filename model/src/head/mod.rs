@@ -1,5 +1,6 @@
-//! From the last hidden rows to what is said of the next token. In: normed rows `[T, D]`. Out: logits of the whole vocabulary,
-//! or only the greatest of each row. Never here: a draw; a greatest one that all logits would not show.
+//! From the last hidden rows to what is said of the next token. In: normed rows `[T, D]`. Out: logits of the whole
+//! vocabulary, or only the greatest of each row. Never here: a draw; a greatest one that all logits would not show,
+//! but for the chance that [`screen`] states.
 
 mod kernels;
 mod screen;
@@ -20,7 +21,8 @@ pub(crate) struct Head {
     screen: Option<Arc<Screen>>,
 }
 
-/// The token with the greatest logit, the lowest of equals. The logit is no number where the row's logits are none.
+/// The token with the greatest logit, the lowest of equals. The logit is no number where one of those that were
+/// computed is none.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Greatest {
     /// Its id.
@@ -63,9 +65,9 @@ impl Head {
         let seen = seen.unwrap_or_else(|| (0..rows).map(|_| None).collect());
         let few = |(row, seen): (i64, Option<Seen>)| self.among_few(&x.narrow(0, row, 1), &seen?);
         let mut found: Vec<Option<Greatest>> = (0..).zip(seen).map(few).collect();
-        let left: Vec<i64> = (0..).zip(&found).filter_map(|(row, found)| found.is_none().then_some(row)).collect();
+        let left: Vec<u32> = (0..).zip(&found).filter_map(|(row, found)| found.is_none().then_some(row)).collect();
         if !left.is_empty() {
-            let rows = if left.len() == found.len() { x } else { x.index_select(0, &Tensor::from_slice(&left)) };
+            let rows = if left.len() == found.len() { x } else { tensor::gathered(&x, &left) };
             let logits = self.logits(&rows);
             for (row, logits) in left.iter().zip(logits.chunks_exact(self.linear.out())) {
                 found[*row as usize] = Some(Greatest::of(logits));

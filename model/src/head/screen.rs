@@ -1,20 +1,27 @@
-//! Which tokens may have the greatest logit, found without computing any. In: a head, once; then rows. Out: for each row a token that
-//! probably has it, and once its logit is known, the few tokens that may have a greater one. Never here: a logit.
+//! Which tokens may have the greatest logit, found without computing any. In: a head, once; then rows. Out: for each
+//! row a token that probably has it, and once its logit is known, the few tokens that may have a greater one. Never
+//! here: a logit.
 //!
-//! Decoding greedily wants one token of a whole vocabulary, and a head in BF16 may be as large as all else that a token reads. A
-//! line w of it is kept in whole numbers n of 4 bits: w = w' + e with w' = s (n - 8 - u), s a step of its block's; a row in p of
-//! 8 bits: x = t (p - v) + d. What is added before values are rounded, u and v, was drawn for each place from between -1/2 and 1/2. That makes
-//! e and d uniform draws of half a step at most to either side, whatever w and x are, and independent of each other (subtractive
-//! dither; Schuchman 1964). Then w x = t (s n) p - t s (8 + u) p - t w' v + w' d + e x. The first is exact, and reads a quarter of what w
-//! would; the second is one number per block, for all lines; the third one per line, for all rows.
+//! Decoding greedily wants one token of a whole vocabulary, and a head in BF16 may be as large as all else that a
+//! token reads. A line w of it is kept in whole numbers n of 4 bits: w = w' + e with w' = s (n - 8 - u), s a step of
+//! its block's; a row in p of 8 bits: x = t (p - v) + d. What is added before values are rounded, u and v, was drawn
+//! for each place from between -1/2 and 1/2. That makes e and d uniform draws of half a step at most to either side,
+//! independent from place to place, whatever w and x are (subtractive dither; Schuchman 1964). Then
 //!
-//! The others are sums of independent draws. Such a sum is beyond k standard deviations with a chance of less than 2 exp(-k²/2), since a uniform
-//! draw's exponential moments are below those of a normal one of its variance (Hoeffding's argument). With [`DEVIATIONS`] for each of
-//! the two that is 2.2e-26 a logit: a token that is not the greatest is taken less than once in 10^20. Memory errs more often. Who with the
-//! most that may be added stays below a logit that is known is out.
+//! w x = t (s n) p - t s (8 + u) p - t w' v + w' d + e x.
 //!
-//! Before all this, lines and rows are turned, which leaves their products as they are: signs drawn at random and a Hadamard transform within
-//! blocks spread what is large in one place over all, and steps become smaller.
+//! The first is a sum of whole numbers, and reads a quarter of what w would; the second is one number per block, for
+//! all lines; the third one per line, for all rows.
+//!
+//! The others are sums of independent uniform draws. Such a sum is beyond k standard deviations to either side with a
+//! chance of less than 2 exp(-k²/2): by Chernoff's bound, since a uniform draw's exponential moments are below those
+//! of a normal one of its variance, sinh(h) / h <= exp(h² / 6). With [`DEVIATIONS`] for each of the two that is
+//! 2.1e-26 a logit: a token that is not the greatest is taken with a chance of less than 10^-20. The draws are made
+//! once, so that is the chance of a row and a head over all draws: the same row meets the same ones again, and rows
+//! do not depend on them. Who with the most that may be added stays below a logit that is known is out.
+//!
+//! Before all this, lines and rows are turned, which leaves their products as they are: signs drawn at random and a
+//! Hadamard transform within blocks spread what is large in one place over all, and steps become smaller.
 
 use parking_lot::Mutex;
 
@@ -34,8 +41,8 @@ const AS_BF16: f32 = 1.0 / 64.0;
 const MOST_CANDIDATES: usize = 8;
 /// Rows that a line is multiplied with at once.
 const ROWS: usize = 4;
-/// Blocks of a line, at most: sums of whole numbers fit.
-const MOST_BLOCKS: usize = 512;
+/// Blocks of a line, at most: sums of whole numbers fit, and those of f32 are off by less than [`ROUNDING`].
+const MOST_BLOCKS: usize = 128;
 
 /// A head, `[vocab_size, D]`, in whole numbers.
 #[derive(Debug)]
@@ -49,7 +56,7 @@ pub(super) struct Screen {
     /// Steps of blocks, in steps of their line, `[ceil(vocab_size / 128), B, 128]`.
     sizes: Vec<u8>,
     /// `[vocab_size]`
-    pub(super) lines: Vec<Line>,
+    lines: Vec<Line>,
 }
 
 /// What was drawn for each place of a line, `[B, 64]`. It decides which logits are computed, and about none of them.
@@ -89,7 +96,7 @@ pub(super) struct Row {
 }
 
 /// What a row's numbers are worth.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub(super) struct Worth {
     /// One of them: t.
     pub(super) step: f32,
@@ -107,7 +114,7 @@ pub(super) struct Seen {
 }
 
 /// One row's logits of one part.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct OfPart {
     most: Vec<f32>,
     /// Where the greatest is probably, and what it is then.
@@ -124,7 +131,7 @@ impl Screen {
             Values::Fp8 { .. } => return None,
         };
         let blocks = inner.div_ceil(BLOCK);
-        if vocab == 0 || blocks > MOST_BLOCKS {
+        if vocab == 0 || !(1..=MOST_BLOCKS).contains(&blocks) {
             return None;
         }
         let mut screen = Self {
@@ -154,8 +161,8 @@ impl Screen {
         screen.lines.iter().all(|line| line.norm.is_finite()).then_some(screen)
     }
 
-    /// Whether reading the screen for so many rows costs less than computing all their logits. Where BF16 is multiplied as it is, one
-    /// row's logits cost about what sixteen rows' do, and the screen's whole numbers do not.
+    /// Whether reading the screen for so many rows costs less than computing all their logits. Where BF16 is
+    /// multiplied as it is, one row's logits cost about what sixteen rows' do, and the screen's whole numbers do not.
     pub(super) fn suits(isa: Isa, rows: usize) -> bool {
         match isa {
             Isa::Amx | Isa::Avx512Bf16 => rows <= ROWS,
@@ -264,13 +271,16 @@ impl Row {
 mod tests {
     use super::*;
 
+    /// Of a line, at a place.
+    type Value<'a> = dyn Fn(usize, usize) -> f32 + 'a;
+
     /// All kinds of lines, and a row with one large value.
     #[test]
     fn estimates_are_off_by_what_draws_are() {
         const VOCAB: usize = 1500;
         let draw = || rand::random::<f32>() - 0.5;
         let row = |place: usize| (place as f32 * 0.01).sin() + if place == 3 { 9.0 } else { 0.0 };
-        let kinds: [(&str, &dyn Fn(usize, usize) -> f32); 4] = [
+        let kinds: [(&str, &Value<'_>); 4] = [
             ("drawn", &|_, _| draw()),
             ("all the same", &|line, _| line as f32),
             ("some far larger", &|_, place| if place % 50 == 7 { 40.0 * draw() } else { draw() }),
@@ -281,7 +291,8 @@ mod tests {
                 let head: Vec<f32> = (0..VOCAB * inner).map(|at| value(at / inner, at % inner)).collect();
                 let screen = Screen::of(&Matrix::new(Values::F32(&head), VOCAB, inner)).unwrap();
                 let x: Vec<f32> = (0..inner).map(row).collect();
-                // A row and its opposite: half the sum is what may be above, half the difference the estimate.
+                // A row and its opposite: half the sum is what may be above, half the difference the estimate, but
+                // for what the row's own numbers lose, which is not of opposite sign and counts for less here.
                 let [most, of_opposite] = [1.0, -1.0].map(|sign| {
                     screen.look(&x.iter().map(|x| sign * x).collect::<Vec<_>>()).remove(0).unwrap().most.concat()
                 });

@@ -12,7 +12,7 @@ pub(super) const BLOCK: usize = 64;
 /// Lines of a part, whose sizes lie block by block.
 pub(super) const PART: usize = 128;
 /// Bytes of a block's numbers: the first half of it in lower halves of bytes, the second in upper.
-const BYTES: usize = BLOCK / 2;
+pub(super) const BYTES: usize = BLOCK / 2;
 
 by_isa! {
     /// Whole blocks `x`, each value by its sign and each block by a Hadamard matrix over 8, which is orthogonal.

@@ -25,13 +25,13 @@
 
 use parking_lot::Mutex;
 
-use super::kernels::{self, BLOCK, PART};
+use super::kernels::{self, BLOCK, BYTES, PART};
 use crate::{
     kernels::{Isa, Matrix, Rows, matrix::Values, team},
     wire::all_finite,
 };
 
-/// What is dithered is believed to be off by so many standard deviations, at most.
+/// Sums of what was drawn are taken to be off by so many standard deviations, at most.
 pub(super) const DEVIATIONS: f32 = 11.0;
 /// What a logit computed in f32 may be off by, and what is computed here: a share of |w| |x|.
 pub(super) const ROUNDING: f32 = 1.0 / 4096.0;
@@ -138,11 +138,11 @@ impl Screen {
             inner,
             blocks,
             drawn: Drawn::draw(blocks * BLOCK),
-            codes: vec![0; vocab * blocks * BLOCK / 2],
+            codes: vec![0; vocab * blocks * BYTES],
             sizes: vec![0; vocab.div_ceil(PART) * PART * blocks],
             lines: vec![Line::default(); vocab],
         };
-        let (drawn, line_bytes) = (&screen.drawn, blocks * BLOCK / 2);
+        let (drawn, line_bytes) = (&screen.drawn, blocks * BYTES);
         let parts: Vec<_> = screen
             .codes
             .chunks_mut(PART * line_bytes)
@@ -194,7 +194,7 @@ impl Screen {
         let first = part * PART;
         let lines = &self.lines[first..self.lines.len().min(first + PART)];
         let sizes = &self.sizes[first * self.blocks..][..PART * self.blocks];
-        let line_bytes = self.blocks * BLOCK / 2;
+        let line_bytes = self.blocks * BYTES;
         let codes = &self.codes[first * line_bytes..][..lines.len() * line_bytes];
         let mut of_rows = Vec::with_capacity(rows.len());
         for rows in rows.chunks(ROWS) {
@@ -226,7 +226,9 @@ impl Seen {
         let least = logit - logit.abs() * AS_BF16;
         let vocab: usize = self.most.iter().map(Vec::len).sum();
         let mut candidates = Vec::new();
-        for (first, most) in (0..).step_by(PART).zip(&self.most) {
+        // Nearly all parts have none, which a loop without a branch finds sooner than one that keeps what it finds.
+        let any = |most: &[f32]| most.iter().fold(false, |any, most| any | (*most >= least));
+        for (first, most) in (0..).step_by(PART).zip(&self.most).filter(|(_, most)| any(most)) {
             candidates.extend((first..).zip(most).filter_map(|(token, most)| (*most >= least).then_some(token)));
             if candidates.len() > vocab / MOST_CANDIDATES {
                 return None;

@@ -225,9 +225,16 @@ impl Queries<'_> {
         };
         let mut scores = vec![[0.0f32; BLOCK_TOKENS]; queries];
         let mut values = BlockValues::new(self.x.format, padded, shape);
+        // The last row sees the most keys.
+        let last = span.before + self.first + queries / self.heads;
         for number in chunk {
             let (block, next) = (span.table[number], span.table.get(number + 1));
-            self.score(block, next, &mut scores);
+            // Tiles take as long for fewer.
+            let most = match self.x.format {
+                Format::Tiles => BLOCK_TOKENS,
+                _ => (last - number * BLOCK_TOKENS).min(BLOCK_TOKENS),
+            };
+            self.score((block, most), next, &mut scores);
             for (query, scores) in scores.iter_mut().enumerate() {
                 // Row t sees the keys before it and its own.
                 let keys = span.before + self.first + query / self.heads + 1;
@@ -240,23 +247,24 @@ impl Queries<'_> {
                     rowwise::scale(isa, &mut running.sums[query * shape.latent..][..shape.latent], correction);
                 }
             }
-            values.add(isa, self.blocks.block(shape.width, block), &mut scores, shape, &mut running.sums);
+            values.add(isa, self.blocks.keys(shape.width, block, most), &mut scores, shape, &mut running.sums);
         }
         running
     }
 
-    /// All queries by the 64 keys of `block`.
-    fn score(&self, block: u32, next: Option<&u32>, scores: &mut [[f32; BLOCK_TOKENS]]) {
-        let of = |block: u32| Matrix::new(self.blocks.block(self.shape.width, block), BLOCK_TOKENS, self.shape.width);
-        let keys = of(block);
+    /// All queries by the first `keys` keys of `block`; scores of the others mean nothing.
+    fn score(&self, (block, keys): (u32, usize), next: Option<&u32>, scores: &mut [[f32; BLOCK_TOKENS]]) {
+        let width = self.shape.width;
+        let of = |block: u32| Matrix::new(self.blocks.keys(width, block, keys), keys, width);
+        let lines = of(block);
         let next = next.map_or(std::ptr::null(), |next| of(*next).row(0));
         with_scratch(|scratch| {
-            for half in 0..BLOCK_TOKENS / STRIP {
+            for strip in 0..keys.div_ceil(STRIP) {
                 // While this is multiplied, the same part of the next block is fetched.
-                let ahead = if next.is_null() { next } else { next.wrapping_add(half * STRIP * keys.row_bytes()) };
-                let products = scratch.strip(self.isa, &keys, half, ahead, &self.x.view(0..self.x.rows));
+                let ahead = if next.is_null() { next } else { next.wrapping_add(strip * STRIP * lines.row_bytes()) };
+                let products = scratch.strip(self.isa, &lines, strip, ahead, &self.x.view(0..self.x.rows));
                 for (scores, products) in scores.iter_mut().zip(products.chunks_exact(STRIP)) {
-                    scores[half * STRIP..][..STRIP].copy_from_slice(products);
+                    scores[strip * STRIP..][..STRIP].copy_from_slice(products);
                 }
             }
         });
@@ -306,7 +314,8 @@ impl BlockValues {
         }
     }
 
-    /// `sums += weights * latents`, for all queries. Weights are rounded as the products' operands are.
+    /// `sums += weights * latents`, for all queries; what weighs nothing in all of them need not be there. Weights are rounded
+    /// as the products' operands are.
     fn add(
         &mut self,
         isa: Isa,
@@ -367,7 +376,7 @@ impl<'a> Blocks<'a> {
 
     /// How queries are laid out to be multiplied with them.
     fn format(&self, isa: Isa, shape: Shape) -> Format {
-        let example = Matrix { values: self.block(shape.width, 0), out: BLOCK_TOKENS, inner: shape.width };
+        let example = Matrix { values: self.keys(shape.width, 0, BLOCK_TOKENS), out: BLOCK_TOKENS, inner: shape.width };
         match Format::of(isa, self.dtype(), &example) {
             Format::Tiles if !shape.latent.is_multiple_of(TILE_ROWS) => {
                 Format::Lanes { rounded: true, order: Order::Halves }
@@ -376,8 +385,9 @@ impl<'a> Blocks<'a> {
         }
     }
 
-    fn block(&self, width: usize, block: u32) -> Values<'a> {
-        let (start, len) = (block as usize * BLOCK_TOKENS * width, BLOCK_TOKENS * width);
+    /// The first `keys` of a block, `[keys, C+R]`.
+    fn keys(&self, width: usize, block: u32, keys: usize) -> Values<'a> {
+        let (start, len) = (block as usize * BLOCK_TOKENS * width, keys * width);
         match self {
             Self::F32(values) => Values::F32(&values[start..][..len]),
             Self::Bf16(values) => Values::Bf16(&values[start..][..len]),

@@ -37,11 +37,12 @@ drills: setup-build setup-etcd build-programs ## Break clusters under load, at f
 	cat target/drills/*.md; exit $$status
 
 # WRITE=docs/benchmarks.md replaces that page; ONLY=expert measures one mode (bench/README.md lists them).
-bench: setup-build setup-python build-programs demo-model ## Measure against peers and limits in one run (JSON=1, WRITE=FILE, ONLY=MODE)
+bench: setup-build setup-python demo-model ## Measure against peers and limits in one run (JSON=1, WRITE=FILE, ONLY=MODE)
 	@deploy/setup.sh bench || echo "transformers cannot be had here: its figures will be missing" >&2
 	@deploy/setup.sh llama || echo "llama.cpp cannot be had here: its figures will be missing" >&2
-	@target/debug/conclave-bench $(or $(ONLY),all) --model $(MODEL) $(if $(JSON),--json) $(if $(WRITE),--write $(WRITE))
-	@cargo run --quiet --package conclave-placement --example plan_scale --locked >&2
+	@cargo build --workspace --bins --release --locked
+	@target/release/conclave-bench $(or $(ONLY),all) --model $(MODEL) $(if $(JSON),--json) $(if $(WRITE),--write $(WRITE))
+	@cargo run --quiet --release --package conclave-placement --example plan_scale --locked >&2
 
 lint: setup-build check-fmt check-clippy check-deps check-scripts ## Check formatting, clippy, dependencies and shell scripts
 

@@ -78,14 +78,21 @@ pub(crate) fn long_context(folder: &Path) -> anyhow::Result<()> {
     write(folder, &LONG, Weights::Bf16)
 }
 
-/// The folder of a checkpoint of DeepSeek-V2-Lite's layers, made at the first call and kept beside the programs: 5.3 GB in
-/// bf16, 3.1 GB in FP8.
+/// Where checkpoints are kept that take long to make: in the target folder, for the programs of all profiles.
+pub(crate) fn kept() -> anyhow::Result<PathBuf> {
+    let program = std::env::current_exe()?;
+    let target = program.parent().and_then(Path::parent).context("programs lie in the folder of a profile")?;
+    Ok(target.join("bench-models"))
+}
+
+/// The folder of a checkpoint of DeepSeek-V2-Lite's layers, made at the first call and [`kept`]: 5.3 GB in bf16, 3.1 GB in
+/// FP8.
 pub(crate) fn v2_lite(weights: Weights) -> anyhow::Result<PathBuf> {
     let name = match weights {
         Weights::Bf16 => "v2-lite-bf16",
         Weights::Fp8 => "v2-lite-fp8",
     };
-    let folder = std::env::current_exe()?.with_file_name("bench-models").join(name);
+    let folder = kept()?.join(name);
     // Written last, so a folder that was left half-way is not taken for a whole one.
     let (made, by) = (folder.join("made-by"), VERSION.to_string());
     if std::fs::read_to_string(&made).is_ok_and(|version| version == by) {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use tokio::process::Command;
 
 use super::{Rates, Workload, brought, checkout, output_of};
+use crate::checkpoint;
 
 /// How the converted file stores weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +45,7 @@ impl Llama {
             Quantity::Q8 => "q8_0",
         };
         let name = model.file_name().context("a checkpoint folder has a name")?.to_string_lossy().into_owned();
-        let folder = std::env::current_exe()?.with_file_name("bench-models");
+        let folder = checkpoint::kept()?;
         std::fs::create_dir_all(&folder)?;
         let file = folder.join(format!("{name}-{kind}.gguf"));
         let written =

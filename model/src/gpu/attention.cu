@@ -18,23 +18,6 @@ constexpr int MOST_TILES = 8;
 
 __device__ inline float widened(bf16 value) { return __uint_as_float((u32)value << 16); }
 
-__device__ inline u32 address(const void *shared) { return (u32)__cvta_generic_to_shared(shared); }
-
-__device__ inline void copy_16(void *shared, const void *from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(shared)), "l"(from) : "memory");
-}
-
-// Four 8 x 8 matrices; each thread names one line of one.
-__device__ inline void load_4(u32 (&r)[4], const void *line) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(line)) : "memory");
-}
-
-__device__ inline void load_4_turned(u32 (&r)[4], const void *line) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address(line)) : "memory");
-}
-
 // Turns the pair `nth` of `from` [rope] by (cosine, sine); the result goes to the same places of `to`.
 __device__ inline void turn(const bf16 *from, bf16 *to, int nth, float2 by, int rope, int interleaved) {
     const int first = interleaved ? 2 * nth : nth, second = interleaved ? first + 1 : nth + rope / 2;
@@ -123,7 +106,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         const bf16 *from = cache + table[block] * TOKENS * width;
         for (int n = threadIdx.x; n < TOKENS * (width / 8); n += THREADS)
             copy_16(keys + n / (width / 8) * line + n % (width / 8) * 8, from + (i64)n * 8);
-        asm volatile("cp.async.wait_all;" ::: "memory");
+        copies_are_there();
         __syncthreads();
 
         // Each warp takes 8 keys.

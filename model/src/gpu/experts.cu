@@ -20,27 +20,11 @@ constexpr int OUTS = 16;
 constexpr int ROWS = 8;
 constexpr int FRAGMENT = OUTS * ROWS;
 
-// 16 bytes that are read once.
-__device__ inline uint4 stream(const void *from) {
-    uint4 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
-// 16 bytes that others read too.
-__device__ inline uint4 shared_by_all(const void *from) {
-    uint4 v;
-    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
-    return v;
-}
-
 // Two E4M3 codes, each the low byte of a half, to two BF16. Sign, exponent and mantissa move to their places; the exponent is
 // then too small by 120, which a product with 2^120 puts right, of subnormal codes too. All of it is exact.
 __device__ inline u32 widened(u32 codes) {
     u32 moved = ((codes & 0x00800080u) << 8) | ((codes & 0x007f007fu) << 4);
-    u32 pair;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(moved), "r"(0x7b807b80u), "r"(0x80008000u));
-    return pair;
+    return times(moved, 0x7b807b80u);
 }
 
 // The BF16 pairs of 16 bytes: 4 as they are, or 8 of codes.

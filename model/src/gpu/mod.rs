@@ -143,7 +143,7 @@ impl Module {
                 return Err(Error::TooOld(major, minor));
             }
             let launch = *library.get::<Launch>(b"cuLaunchKernel\0")?;
-            let source = format!("{}{source}", include_str!("common.cu"));
+            let source = [include_str!("common.cu"), include_str!("instructions.cu"), source].concat();
             let binary = compiled(&library, name, &source, &format!("sm_{major}{minor}"))?;
             let load =
                 library.get::<unsafe extern "C" fn(*mut *mut c_void, *const c_void) -> c_int>(b"cuModuleLoadData\0")?;

@@ -1,0 +1,32 @@
+//! The GPU's kernels where there is no GPU. Their sources are compiled for the processor, with plain words for what only a GPU has an
+//! instruction for, and their threads run one after the other (`gpu_kernels/emulated.h`). What they compute is compared with
+//! the formula, and a row among others with the same row alone. On a GPU `gpu.rs` and tests beside the code do it for good.
+
+use std::path::Path;
+use std::process::Command;
+
+/// Compiles `gpu_kernels/<name>.cpp` by the compiler that libtorch's bindings are compiled by, and runs it.
+fn holds(name: &str) {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("gpu-kernels-{name}"));
+    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+    let mut compile = Command::new(&compiler);
+    compile.args(["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-I"]);
+    compile.arg(here.join("src/gpu")).arg("-o").arg(&program);
+    let compiled = compile.arg(here.join("tests/gpu_kernels").join(name).with_extension("cpp")).output();
+    let compiled = compiled.unwrap_or_else(|error| panic!("{compiler}: {error}"));
+    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let ran = Command::new(&program).output().expect("what was just compiled can be run");
+    print!("{}", String::from_utf8_lossy(&ran.stdout));
+    assert!(ran.status.success(), "{}: {}", ran.status, String::from_utf8_lossy(&ran.stderr));
+}
+
+#[test]
+fn attention_is_the_formula_and_every_row_has_its_own_bits() {
+    holds("attention");
+}
+
+#[test]
+fn experts_are_the_formula_and_every_row_has_its_own_bits() {
+    holds("experts");
+}

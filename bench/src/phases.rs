@@ -25,7 +25,7 @@ const PHASES: [(&str, &str); 13] = [
     ("gate", "router"),
     ("plan", "router"),
     ("encode", "router"),
-    ("shared", "router, while experts are away"),
+    ("shared", "router"),
     ("wire", "a batch each"),
     ("queue", "a batch each"),
     ("expert", "a batch each"),
@@ -136,7 +136,7 @@ impl fmt::Display for Report {
             line(name, whose, &|column| column.phases[index])?;
         }
         line("computing", "router, all of it", &|column| column.compute)?;
-        line("away", "rows sent until all are back", &|column| column.away)?;
+        line("away", "the shared expert, and rows sent until all are back", &|column| column.away)?;
         line("step", "all of it", &|column| column.step)?;
         for Column { streams, steps, batches, .. } in &self.columns {
             writeln!(f, "{streams} streams: {steps:.0} steps, {:.1} batches a step.", batches / steps)?;

@@ -2,6 +2,9 @@
 //! instruction for, and their threads run one after the other (`gpu_kernels/emulated.h`). What they compute is compared with
 //! the formula, and a row among others with the same row alone. On a GPU `gpu.rs` and tests beside the code do it for good.
 
+// Fibers are the C library's.
+#![cfg(target_os = "linux")]
+
 use std::path::Path;
 use std::process::Command;
 
@@ -9,9 +12,11 @@ use std::process::Command;
 fn holds(name: &str) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("gpu-kernels-{name}"));
+    // It may come with arguments.
     let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let mut compile = Command::new(&compiler);
-    compile.args(["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-I"]);
+    let mut words = compiler.split_whitespace();
+    let mut compile = Command::new(words.next().expect("a compiler"));
+    compile.args(words).args(["-std=c++17", "-O2", "-fno-strict-aliasing", "-I"]);
     compile.arg(here.join("src/gpu")).arg("-o").arg(&program);
     let compiled = compile.arg(here.join("tests/gpu_kernels").join(name).with_extension("cpp")).output();
     let compiled = compiled.unwrap_or_else(|error| panic!("{compiler}: {error}"));

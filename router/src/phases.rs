@@ -22,7 +22,7 @@ pub enum Phase {
     Plan,
     /// Rows looked at and encoded for the wire, and copied into each message.
     Encode,
-    /// The shared experts, computed while the routed ones are away.
+    /// The shared experts, computed while rows are away, or before they leave where workers share the processors.
     Shared,
     /// Of a batch: from its sending to its answer, less what the worker says it took.
     Wire,

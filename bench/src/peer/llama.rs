@@ -1,5 +1,5 @@
 //! llama.cpp: its own `llama-batched-bench`, built from source for this processor by `deploy/setup.sh llama`. In: a
-//! checkpoint, converted once by llama.cpp's own converter (`peers/llama_convert.py`) into a file beside the programs. Out:
+//! checkpoint, converted once by llama.cpp's own converter (`peers/llama_convert.py`) into a file that is kept. Out:
 //! the rates that it prints.
 
 use std::path::{Path, PathBuf};

@@ -229,7 +229,7 @@ impl Queries<'_> {
         let last = span.before + self.first + queries / self.heads;
         for number in chunk {
             let (block, next) = (span.table[number], span.table.get(number + 1));
-            // Tiles take as long for fewer.
+            // Tiles read all 64 rows, and take as long for fewer.
             let most = match self.x.format {
                 Format::Tiles => BLOCK_TOKENS,
                 _ => (last - number * BLOCK_TOKENS).min(BLOCK_TOKENS),
@@ -328,6 +328,7 @@ impl BlockValues {
             #[cfg(target_arch = "x86_64")]
             Self::Tiles { pairs, weights: rounded } => {
                 let Values::Bf16(rows) = block else { unreachable!("only BF16 is multiplied in tiles") };
+                assert_eq!(rows.len(), BLOCK_TOKENS * shape.width, "a whole block");
                 for (to, weights) in rounded.chunks_exact_mut(BLOCK_TOKENS).zip(weights) {
                     to.iter_mut().zip(weights).for_each(|(to, weight)| *to = round(*weight));
                 }

@@ -1,4 +1,4 @@
-// The kernels of attention, without a GPU, beside the formula in f64; and each row among others beside the same row alone.
+// The kernels of attention, without a GPU, beside the formula in f64; and rows that attend among others beside the same rows alone.
 
 #include "emulated.h"
 
@@ -20,7 +20,7 @@ struct Query {
 // Tables of 17 blocks and of two, neither in order.
 const std::vector<std::vector<int>> TABLES = {{16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0}, {18, 17}};
 constexpr int BLOCKS = 19;
-// Of one span and of three, of whole blocks and not, of one key.
+// Of one span, of two and of three, of whole blocks and not, of one key.
 const std::vector<Query> QUERIES = {{1, 30, 0}, {0, 1030, 1}, {0, 512, 2}, {0, 1031, 3}, {0, 513, 5}, {1, 1, 4}};
 constexpr int ROWS = 6;
 
@@ -43,8 +43,7 @@ struct Layer {
 
     // Of these queries, `[heads, n, latent]`, as model/src/gpu/attention.rs asks for it.
     std::vector<bf16> by_kernels(const std::vector<int> &which) const {
-        const auto [heads, nope, rope, latent] = sizes;
-        const int rows = (int)which.size();
+        const int heads = sizes.heads, latent = sizes.latent, rows = (int)which.size();
         std::vector<i64> lookup, tables, begins;
         for (const auto &table : TABLES) {
             begins.push_back(4 * rows + (i64)tables.size());
@@ -67,12 +66,15 @@ struct Layer {
                 std::copy_n(of_latents(which[n], head), latent, &queries[((size_t)head * rows + n) * latent]);
         std::vector<float> parts((size_t)(apart + 1) * heads * latent, NAN);
         std::vector<float2> stats((size_t)(apart + 1) * heads, {NAN, NAN});
-        launch({rows, (heads + HEADS - 1) / HEADS, spans}, [&] {
-            attend(queries.data(), q.data(), cache.data(), lookup.data(), out.data(), parts.data(), stats.data(), scale, heads, nope,
-                   rope, latent);
+        // As the host counts it: keys, queries, weights, scores and three numbers a head.
+        const int line = sizes.width() + GAP;
+        const size_t shared = 2 * (TOKENS + HEADS) * line + 2 * HEADS * (TOKENS + GAP) + 4 * HEADS * (TOKENS + 3);
+        launch({rows, (heads + HEADS - 1) / HEADS, spans}, shared, [&] {
+            attend(queries.data(), q.data(), cache.data(), lookup.data(), out.data(), parts.data(), stats.data(), scale, heads,
+                   sizes.nope, sizes.rope, latent);
         });
         if (spans > 1)
-            launch({rows, heads, 1}, [&] { combine(lookup.data(), parts.data(), stats.data(), out.data(), latent); });
+            launch({rows, heads, 1}, 0, [&] { combine(lookup.data(), parts.data(), stats.data(), out.data(), latent); });
         return out;
     }
 
@@ -107,22 +109,25 @@ void attends(Sizes sizes) {
     const auto of = [&](const std::vector<bf16> &out, int all, int nth, int head) {
         return &out[((size_t)head * all + nth) * sizes.latent];
     };
-    Off off;
+    double worst = 0;
     for (int nth = 0; nth < rows; nth++) {
         const auto alone = layer.by_kernels({nth});
+        // Of each by itself: the more keys a row sees, the smaller are its sums.
+        Off off;
         for (int head = 0; head < sizes.heads; head++) {
             const auto right = layer.plainly(nth, head);
             const bf16 *ours = of(together, rows, nth, head);
             for (int at = 0; at < sizes.latent; at++) off.see(f32(ours[at]), right[at]);
             expect(std::equal(ours, ours + sizes.latent, of(alone, 1, 0, head)), "a row's bits are its own");
         }
+        expect(off.share() < 5e-3, "attend and combine are the formula");
+        worst = max(worst, off.share());
     }
-    expect(off.share() < 5e-3, "attend and combine are the formula");
-    std::printf("attend, %d heads of %d + %d, %d latents: off by %.1e\n", sizes.heads, sizes.nope, sizes.rope, sizes.latent, off.share());
+    std::printf("attend, %d heads of %d + %d, %d latents: off by %.1e at most\n", sizes.heads, sizes.nope, sizes.rope, sizes.latent, worst);
 }
 
 void remembers(Sizes sizes, bool interleaved) {
-    const auto [heads, nope, rope, latent] = sizes;
+    const int heads = sizes.heads, nope = sizes.nope, rope = sizes.rope, latent = sizes.latent;
     const std::vector<i64> slots = {70, 3, 200};
     const int rows = (int)slots.size(), width = sizes.width(), each = sizes.each();
     const auto kv = drawn_values((size_t)rows * width, 1.0f), weight = drawn_values(latent, 1.0f);
@@ -133,8 +138,8 @@ void remembers(Sizes sizes, bool interleaved) {
         turn = {std::cos(angle), std::sin(angle)};
     }
     auto cache = before, turned = q;
-    const float eps = 1e-6f;
-    launch({rows, 1, 1}, [&] {
+    const float eps = 0.1f;
+    launch({rows, 1, 1}, 0, [&] {
         remember(turned.data(), kv.data(), weight.data(), turns.data(), slots.data(), cache.data(), eps, heads, nope, rope, latent,
                  interleaved);
     });
@@ -178,8 +183,9 @@ void remembers(Sizes sizes, bool interleaved) {
 }  // namespace
 
 int main() {
-    // Fewer heads than a block of threads takes, more, and as many; latents of one tile a warp, of three, and of two.
-    for (const Sizes sizes : {Sizes{5, 16, 16, 64}, Sizes{20, 8, 32, 192}, Sizes{16, 64, 64, 128}}) {
+    // Fewer heads than a block of threads takes, more, and as many; latents of one tile a warp, of three, and of eight, the most
+    // there are.
+    for (const Sizes sizes : {Sizes{5, 16, 16, 64}, Sizes{20, 8, 32, 192}, Sizes{16, 16, 64, 512}}) {
         attends(sizes);
         for (const bool interleaved : {false, true}) remembers(sizes, interleaved);
     }

@@ -29,7 +29,7 @@ using std::min;
 // One block runs at a time, on one thread of the processor.
 #define __shared__ thread_local
 
-struct uint4 {
+struct alignas(16) uint4 {
     u32 x, y, z, w;
 };
 struct float2 {
@@ -40,6 +40,13 @@ struct Place {
 };
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
+
+// On a fiber's own stack nothing may be cleaned up.
+[[noreturn]] inline void fail(const char *why) {
+    std::fprintf(stderr, "%s\n", why);
+    std::fflush(nullptr);
+    std::_Exit(1);
+}
 
 // --- who runs ---
 
@@ -87,10 +94,7 @@ inline void run_warp(int first) {
             swapcontext(&caller, &contexts[thread]);
         }
     } while (all(first, 32, State::AtWarp));
-    if (std::count(states + first, states + first + 32, State::AtWarp)) {
-        std::fprintf(stderr, "some threads of a warp wait for others that do not come\n");
-        std::exit(1);
-    }
+    if (std::count(states + first, states + first + 32, State::AtWarp)) fail("some threads of a warp wait for others that do not come");
 }
 
 inline void run_block() {
@@ -106,18 +110,18 @@ inline void run_block() {
     while (true) {
         for (int first = 0; first < THREADS; first += 32) run_warp(first);
         if (all(0, THREADS, State::Done)) return;
-        if (!all(0, THREADS, State::AtBlock)) {
-            std::fprintf(stderr, "some threads of a block wait for others that do not come\n");
-            std::exit(1);
-        }
+        if (!all(0, THREADS, State::AtBlock)) fail("some threads of a block wait for others that do not come");
         std::fill(states, states + THREADS, State::Runs);
     }
 }
 
 }  // namespace fibers
 
-// Every block of `grid`. What a block reads of its shared memory before it was written is no number.
-inline void launch(Place grid, std::function<void()> kernel) {
+// Every block of `grid`, with so many bytes of dynamic shared memory. What a block reads of that before it was written is no number,
+// and beyond it nothing may be written.
+inline void launch(Place grid, size_t shared, std::function<void()> kernel) {
+    const auto *bytes = (const unsigned char *)memory;
+    if (shared > sizeof memory) fail("more shared memory than there is");
     gridDim = grid;
     fibers::kernel = std::move(kernel);
     for (blockIdx.z = 0; blockIdx.z < grid.z; blockIdx.z++)
@@ -125,6 +129,8 @@ inline void launch(Place grid, std::function<void()> kernel) {
             for (blockIdx.x = 0; blockIdx.x < grid.x; blockIdx.x++) {
                 std::memset(memory, 0xff, sizeof memory);
                 fibers::run_block();
+                if (std::any_of(bytes + shared, bytes + sizeof memory, [](unsigned char byte) { return byte != 0xff; }))
+                    fail("shared memory was written beyond what was asked for");
             }
 }
 
@@ -141,7 +147,9 @@ inline float __uint_as_float(u32 bits) {
 
 inline float __int_as_float(u32 bits) { return __uint_as_float(bits); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+// Some C libraries have one of that name.
+inline float one_by_root(float value) { return 1.0f / std::sqrt(value); }
+#define rsqrtf one_by_root
 
 inline u32 __byte_perm(u32 low, u32 high, u32 which) {
     const unsigned long long both = (unsigned long long)high << 32 | low;
@@ -202,6 +210,7 @@ inline void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 
 inline void load(u32 (&r)[4], const void *line, bool turned) {
     const int warp = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    if ((size_t)line % 16 != 0) fail("a line of a matrix must lie at a multiple of 16");
     brought[threadIdx.x].line = (const bf16 *)line;
     __syncwarp();
     for (int matrix = 0; matrix < 4; matrix++) {
@@ -220,7 +229,7 @@ inline void load_4_turned(u32 (&r)[4], const void *line) { load(r, line, true); 
 // --- memory ---
 
 inline uint4 stream(const void *from) {
-    if ((size_t)from % 16 != 0) std::fprintf(stderr, "16 bytes must lie at a multiple of 16\n"), std::exit(1);
+    if ((size_t)from % 16 != 0) fail("16 bytes must lie at a multiple of 16");
     uint4 value;
     std::memcpy(&value, from, sizeof value);
     return value;
@@ -230,7 +239,7 @@ inline uint4 shared_by_all(const void *from) { return stream(from); }
 
 inline void copy_16(void *to, const void *from) {
     const uint4 value = stream(from);
-    if ((size_t)to % 16 != 0) std::fprintf(stderr, "16 bytes must go to a multiple of 16\n"), std::exit(1);
+    if ((size_t)to % 16 != 0) fail("16 bytes must go to a multiple of 16");
     std::memcpy(to, &value, sizeof value);
 }
 
@@ -264,6 +273,6 @@ struct Off {
 
 inline void expect(bool holds, const char *what) {
     if (holds) return;
-    std::fprintf(stderr, "not so: %s\n", what);
-    std::exit(1);
+    std::fprintf(stderr, "not so: ");
+    fail(what);
 }

@@ -95,20 +95,19 @@ std::vector<bf16> by_kernels(const std::vector<Expert> &experts, const std::vect
         {{gate_and_up_fp8_1, gate_and_up_fp8_2, gate_and_up_fp8_4}, {down_fp8_1, down_fp8_2, down_fp8_4}},
     };
     const int nth = most <= ROWS ? 0 : most <= 2 * ROWS ? 1 : 2, at_once = ROWS << nth;
-    const auto &[gate_and_up, down] = kernels[block > 0];
+    const auto &both = kernels[block > 0];
     const bf16 none = rounded(NAN);
     std::vector<bf16> between(order.size() * inner + 8, none), y(order.size() * hidden, none);
     const auto grid = [&](int outs) { return Place{(outs + OUTS - 1) / OUTS, EXPERTS, (most + at_once - 1) / at_once}; };
-    launch(grid(inner), [&] { gate_and_up[nth](groups.data(), x.data(), order.data(), between.data(), hidden, inner, block); });
-    launch(grid(hidden), [&] { down[nth](groups.data(), between.data(), places.data(), y.data(), hidden, inner, block); });
+    launch(grid(inner), 0, [&] { both[0][nth](groups.data(), x.data(), order.data(), between.data(), hidden, inner, block); });
+    launch(grid(hidden), 0, [&] { both[1][nth](groups.data(), between.data(), places.data(), y.data(), hidden, inner, block); });
     return y;
 }
 
-void compute(int hidden, int inner, int block) {
+void compute(int hidden, int inner, int block, const std::vector<int> &numbers) {
     std::vector<Expert> experts;
     for (int expert = 0; expert < EXPERTS; expert++) experts.emplace_back(hidden, inner, block);
-    // One tile, two, four, and more than one block of threads takes.
-    for (const int rows : {1, 8, 11, 40}) {
+    for (const int rows : numbers) {
         const auto x = drawn_values((size_t)rows * hidden, 1.0f);
         std::vector<int> all(rows);
         for (int row = 0; row < rows; row++) all[row] = row;
@@ -134,5 +133,8 @@ int main() {
     for (int code = 0; code < 256; code++)
         expect(!is_number(code) || f32((bf16)widened(code)) == of_code(code), "every code of E4M3 is widened exactly");
     for (const auto &[hidden, inner] : {std::pair(16, 16), std::pair(144, 48), std::pair(272, 80)})
-        for (const int block : {0, 64, 128}) compute(hidden, inner, block);
+        // One tile, two, and more than one block of threads takes of four.
+        for (const int block : {0, 64, 128}) compute(hidden, inner, block, {1, 8, 11, 40});
+    // So long that every warp comes round a second time.
+    for (const int block : {0, 128}) compute(1040, 528, block, {3});
 }

@@ -43,7 +43,7 @@ impl Spent {
         self.compute.get()
     }
 
-    /// From rows leaving for experts to the last coming back.
+    /// From when rows are routed to when the last has come back, and the shared expert is computed too.
     pub fn away(&self) -> Duration {
         self.away.get()
     }

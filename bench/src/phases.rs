@@ -136,7 +136,7 @@ impl fmt::Display for Report {
             line(name, whose, &|column| column.phases[index])?;
         }
         line("computing", "router, all of it", &|column| column.compute)?;
-        line("away", "the shared expert, and rows sent until all are back", &|column| column.away)?;
+        line("away", "shared, and rows until all back", &|column| column.away)?;
         line("step", "all of it", &|column| column.step)?;
         for Column { streams, steps, batches, .. } in &self.columns {
             writeln!(f, "{streams} streams: {steps:.0} steps, {:.1} batches a step.", batches / steps)?;

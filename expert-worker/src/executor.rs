@@ -1,14 +1,17 @@
 //! The executor: checked batches come in, expert outputs go out. It owns the tensor thread and the experts on it, so no
 //! weight is ever touched from two threads. Each accepted batch gives the thread one turn; a turn takes the oldest batch
-//! and whatever can be computed with it, so a turn may find nothing left to do. A panic or an error refuses the batch
-//! that caused it, and no other. Who has nothing else to do sends what is small at once, on the tensor thread itself.
+//! and whatever can be computed with it, so a turn may find nothing left to do. While a GPU computes, the same turn prepares
+//! what comes meanwhile (`overlap`). A panic or an error refuses the batch that caused it, and no other. Who has nothing else
+//! to do sends what is small at once, on the tensor thread itself.
+
+mod overlap;
 
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use conclave_model::compute::{self, Computed, ExpertBatch};
+use conclave_model::compute::{self, Computed, ExpertBatch, Started};
 use conclave_model::device::init_thread;
 use conclave_model::expert::Expert;
 use conclave_placement::ids::{ExpertId, LayerIdx};
@@ -116,45 +119,85 @@ fn speed(experts: &Held, layer: u32, id: u16) -> f64 {
     if best.is_finite() { rows as f64 / best.max(1e-9) } else { 0.0 }
 }
 
-/// One turn of the tensor thread.
 fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
-    let started = Instant::now();
-    let Taken { expired, group } = waiting.lock().take(started);
-    for late in expired {
-        let retry_after = waiting.lock().retry_after();
-        let refusal = Refusal::Busy { message: "the deadline passed in the queue", retry_after };
-        reply(late, Err(refusal), started, Duration::ZERO);
-    }
-    let Some(first) = group.first() else { return };
-    experts.lay_out(first.batch.layer);
-    let outcomes = compute_group(experts, &group);
-    let took = started.elapsed();
-    let nothing_waits = {
-        let mut waiting = waiting.lock();
-        waiting.finished(group.len(), took);
-        waiting.is_empty()
-    };
-    metrics.compute_seconds.observe(took.as_secs_f64());
-    metrics.busy_seconds.inc_by(took.as_secs_f64());
-    metrics.group_batches.observe(group.len() as f64);
-    let values: usize = outcomes.iter().flatten().map(Computed::values).sum();
-    let answers = group.into_iter().zip(outcomes);
-    let reply_to_all = || answers.for_each(|(pending, outcome)| answer(pending, outcome, started, took, metrics));
-    if nothing_waits && values <= SENT_HERE { driven_here(reply_to_all) } else { reply_to_all() }
+    overlap::turn(&mut Turn { experts, waiting, metrics, under_way: 0, finished: None });
 }
 
-/// Counts what came of a batch and says so.
-fn answer(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant, took: Duration, metrics: &Metrics) {
+/// One turn of the tensor thread.
+struct Turn<'a> {
+    experts: &'a mut Held,
+    waiting: &'a Mutex<Batcher>,
+    metrics: &'a Metrics,
+    /// Groups that were started and are not finished.
+    under_way: usize,
+    /// When the last of them was.
+    finished: Option<Instant>,
+}
+
+/// Batches that are computed together.
+struct Group {
+    batches: Vec<Pending>,
+    started: Instant,
+    /// Or why they cannot be.
+    rows: Result<Started, String>,
+}
+
+impl overlap::Work for Turn<'_> {
+    type Group = Group;
+
+    fn start(&mut self) -> Option<Group> {
+        let started = Instant::now();
+        let Taken { expired, group } = self.waiting.lock().take(started);
+        for late in expired {
+            let retry_after = self.waiting.lock().retry_after();
+            let refusal = Refusal::Busy { message: "the deadline passed in the queue", retry_after };
+            reply(late, Err(refusal), started, Duration::ZERO);
+        }
+        self.experts.lay_out(group.first()?.batch.layer);
+        let rows = start_batches(self.experts, &batches_of(&group));
+        self.under_way += 1;
+        Some(Group { batches: group, started, rows })
+    }
+
+    fn is_ready(&self, group: &Group) -> bool {
+        group.rows.as_ref().map_or(true, Started::is_ready)
+    }
+
+    fn finish(&mut self, Group { batches: group, started, rows }: Group) {
+        let outcomes = outcomes(self.experts, &group, rows.and_then(|rows| finish_batches(rows, group.len())));
+        let (now, metrics) = (Instant::now(), self.metrics);
+        // Until then it waited for the one before.
+        let began = self.finished.map_or(started, |before| before.max(started));
+        let took = now - began;
+        self.finished = Some(now);
+        self.under_way -= 1;
+        let nothing_waits = {
+            let mut waiting = self.waiting.lock();
+            waiting.finished(group.len(), took);
+            waiting.is_empty() && self.under_way == 0
+        };
+        metrics.compute_seconds.observe(took.as_secs_f64());
+        metrics.busy_seconds.inc_by(took.as_secs_f64());
+        metrics.group_batches.observe(group.len() as f64);
+        let values: usize = outcomes.iter().flatten().map(Computed::values).sum();
+        let answers = group.into_iter().zip(outcomes);
+        let reply_to_all = || answers.for_each(|(pending, outcome)| answer(pending, outcome, began, took, metrics));
+        if nothing_waits && values <= SENT_HERE { driven_here(reply_to_all) } else { reply_to_all() }
+    }
+}
+
+/// Counts what came of a batch, on which work began then and took so long, and says so.
+fn answer(pending: Pending, outcome: Result<Computed, Refusal>, began: Instant, took: Duration, metrics: &Metrics) {
     if let Ok(rows) = &outcome {
         metrics.batches.inc();
         metrics.count_rows(pending.batch.layer, pending.batch.expert_ids.len());
-        metrics.queue_seconds.observe(started.duration_since(pending.arrived).as_secs_f64());
+        metrics.queue_seconds.observe(began.duration_since(pending.arrived).as_secs_f64());
         // Returned as computed: the router judges its workers, this worker only counts.
         if !rows.all_finite() {
             metrics.non_finite.inc();
         }
     }
-    reply(pending, outcome, started, took);
+    reply(pending, outcome, began, took);
 }
 
 fn reply(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant, computed: Duration) {
@@ -163,11 +206,14 @@ fn reply(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant,
     let _ = pending.answer.send(Answer { outcome, queued, computed });
 }
 
-/// One outcome per batch. Where the group fails as a whole, a batch whose expert has gone since it was accepted is refused, and
-/// each other one is tried alone, so that only the one that cannot be computed is refused.
-fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Computed, Refusal>> {
-    let batches: Vec<&ExpertBatch> = group.iter().map(|pending| &pending.batch).collect();
-    let reason = match compute_batches(experts, &batches) {
+/// One outcome per batch of `group`, of which `computed` is what came. Where the group failed as a whole, a batch whose expert has
+/// gone since it was accepted is refused, and each other one is tried alone, so that only the one that cannot be computed is refused.
+fn outcomes(
+    experts: &Held,
+    group: &[Pending],
+    computed: Result<Vec<Computed>, String>,
+) -> Vec<Result<Computed, Refusal>> {
+    let reason = match computed {
         Ok(outputs) => return outputs.into_iter().map(Ok).collect(),
         Err(reason) => reason,
     };
@@ -176,7 +222,7 @@ fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Computed, Refu
         if !missing.is_empty() {
             return Err(Refusal::NotResident(missing));
         }
-        let outcome = match batches.len() {
+        let outcome = match group.len() {
             1 => Err(reason.clone()),
             _ => compute_batches(experts, &[batch]).map(|mut outputs| outputs.swap_remove(0)),
         };
@@ -185,7 +231,11 @@ fn compute_group(experts: &Held, group: &[Pending]) -> Vec<Result<Computed, Refu
             Refusal::Internal(reason)
         })
     };
-    batches.iter().copied().map(alone).collect()
+    batches_of(group).into_iter().map(alone).collect()
+}
+
+fn batches_of(group: &[Pending]) -> Vec<&ExpertBatch> {
+    group.iter().map(|pending| &pending.batch).collect()
 }
 
 /// The experts of a batch that are not here, ascending.
@@ -199,17 +249,27 @@ fn missing(experts: &Held, batch: &ExpertBatch) -> Vec<u16> {
 
 /// One output per batch, or what went wrong, a panic included.
 fn compute_batches(experts: &Held, batches: &[&ExpertBatch]) -> Result<Vec<Computed>, String> {
+    finish_batches(start_batches(experts, batches)?, batches.len())
+}
+
+fn start_batches(experts: &Held, batches: &[&ExpertBatch]) -> Result<Started, String> {
     let layer = batches.first().map_or(0, |batch| batch.layer);
     let held = |id| experts.get(layer, id);
-    let outputs = match catch_unwind(AssertUnwindSafe(|| compute::run(batches, &held))) {
-        Ok(Ok(outputs)) => outputs,
-        Ok(Err(error)) => return Err(error.to_string()),
-        Err(panic) => return Err(format!("panic: {}", panic_message(&*panic))),
-    };
-    match outputs.len() == batches.len() {
+    unpanicked(|| compute::start(batches, &held))?.map_err(|error| error.to_string())
+}
+
+/// What came of `started`, which has `batches` of them.
+fn finish_batches(started: Started, batches: usize) -> Result<Vec<Computed>, String> {
+    let outputs = unpanicked(|| started.finish())?;
+    match outputs.len() == batches {
         true => Ok(outputs),
-        false => Err(format!("{} outputs for {} batches", outputs.len(), batches.len())),
+        false => Err(format!("{} outputs for {batches} batches", outputs.len())),
     }
+}
+
+/// libtorch's errors are panics.
+fn unpanicked<T>(work: impl FnOnce() -> T) -> Result<T, String> {
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| format!("panic: {}", panic_message(&*panic)))
 }
 
 #[cfg(test)]
@@ -224,10 +284,15 @@ mod tests {
         Pending { batch, arrived: now, deadline: now + Duration::from_secs(60), answer: oneshot::channel().0 }
     }
 
+    fn computed(group: &[Pending]) -> Vec<Result<Computed, Refusal>> {
+        let experts = Held::default();
+        outcomes(&experts, group, compute_batches(&experts, &batches_of(group)))
+    }
+
     #[test]
     fn a_batch_whose_expert_has_gone_is_refused_and_takes_no_other_with_it() {
         let nothing_to_do = pending(vec![]);
-        let outcomes = compute_group(&Held::default(), &[pending(vec![9, 3, 9]), nothing_to_do]);
+        let outcomes = computed(&[pending(vec![9, 3, 9]), nothing_to_do]);
         assert_eq!(outcomes, [Err(Refusal::NotResident(vec![3, 9])), Ok(Vec::new().into())]);
     }
 
@@ -238,7 +303,7 @@ mod tests {
         cannot.batch.rows = 1000;
         cannot.batch.row_ids = vec![999];
         cannot.batch.weights = Some(vec![1.0]);
-        let outcomes = compute_group(&Held::default(), &[cannot, nothing_to_do]);
+        let outcomes = computed(&[cannot, nothing_to_do]);
         assert!(matches!(&outcomes[0], Err(Refusal::Internal(_))), "{outcomes:?}");
         assert_eq!(outcomes[1], Ok(Vec::new().into()));
     }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     device::Compute,
     kernels::{Isa, Rows, rowwise, tensor},
-    transfer::{fetched, placed, sent},
+    transfer::{Leaving, fetched, leaving, placed, sent},
 };
 
 /// Rows `[T, D]` in the format that the model computes in.
@@ -61,6 +61,11 @@ impl Hidden {
     pub(crate) fn here(&self) -> Self {
         let [rows] = fetched([self.0.contiguous()]);
         Self(rows)
+    }
+
+    /// The same, not waited for so far.
+    pub(crate) fn leaving(&self) -> Leaving<1> {
+        leaving([self.0.contiguous()])
     }
 
     /// The rows numbered `rows`, in that order; each below T.

@@ -4,9 +4,12 @@
 //! everything that comes back at once.
 //!
 //! A GPU reads and writes memory that stays in its place by itself, while the processor goes on. libtorch has a pool of such
-//! memory and keeps each piece until the GPU is through with it.
+//! memory and keeps each piece until the GPU is through with it. What is large goes beside what the GPU computes
+//! ([`gpu::copies`](crate::gpu::copies)).
 
 use tch::{Device, Tensor, kind::Element};
+
+use crate::gpu::copies::{Copies, Event, pinned};
 
 /// `values` `[n]` on `device`.
 pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
@@ -15,18 +18,80 @@ pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
 
 /// `tensor`, which is on the processor, on `device`.
 pub(crate) fn sent(tensor: Tensor, device: Device) -> Tensor {
-    match device {
-        Device::Cpu => tensor,
-        // `pin_memory` without its check for tensors that are pinned already: with a device named, both warn each time.
-        gpu => tensor.internal_pin_memory(gpu).to_device_(gpu, tensor.kind(), true, false),
+    let Device::Cuda(gpu) = device else { return tensor };
+    match Copies::of(device).map(|copies| copies.send(&tensor)) {
+        Some(Ok(there)) => there,
+        failed => {
+            if let Some(Err(error)) = failed {
+                in_line(&error, gpu);
+            }
+            pinned(&tensor, device).to_device_(device, tensor.kind(), true, false)
+        }
     }
 }
 
-/// Contiguous `tensors`, which are all in one place, on the processor. Here a GPU is waited for, until it has computed the
-/// last of them.
+/// Contiguous `tensors`, which are all in one place, on the processor. Here a GPU is waited for, until it has computed them.
 pub(crate) fn fetched<const N: usize>(tensors: [Tensor; N]) -> [Tensor; N] {
-    let Some(Device::Cuda(gpu)) = tensors.first().map(Tensor::device) else { return tensors };
-    let here = tensors.map(|tensor| tensor.to_device_(Device::Cpu, tensor.kind(), true, false));
+    leaving(tensors).wait()
+}
+
+/// As [`fetched`], but it is not waited for so far.
+pub(crate) fn leaving<const N: usize>(tensors: [Tensor; N]) -> Leaving<N> {
+    let Some(Device::Cuda(gpu)) = tensors.first().map(Tensor::device) else {
+        return Leaving { here: tensors, on_gpu: None };
+    };
+    let (here, arrived) = match Copies::of(Device::Cuda(gpu)).map(|copies| copies.fetch(&tensors)) {
+        Some(Ok((here, arrived))) => (here, Some(arrived)),
+        failed => {
+            if let Some(Err(error)) = failed {
+                in_line(&error, gpu);
+            }
+            (tensors.each_ref().map(|tensor| tensor.to_device_(Device::Cpu, tensor.kind(), true, false)), None)
+        }
+    };
+    Leaving { here, on_gpu: Some(OnGpu { gpu, arrived, _read: Vec::from(tensors) }) }
+}
+
+/// Tensors that a GPU computes and copies to the processor.
+#[derive(Debug)]
+pub(crate) struct Leaving<const N: usize> {
+    /// Theirs is nothing that may be read before they have arrived.
+    here: [Tensor; N],
+    /// `None` where there is nothing to wait for.
+    on_gpu: Option<OnGpu>,
+}
+
+#[derive(Debug)]
+struct OnGpu {
+    gpu: usize,
+    /// `None` where all that the GPU does has to be waited for.
+    arrived: Option<Event>,
+    /// What is copied must not be given to anybody else meanwhile.
+    _read: Vec<Tensor>,
+}
+
+impl<const N: usize> Leaving<N> {
+    /// Whether they are here, so that [`wait`](Self::wait) does not. `true` also where only waiting would tell.
+    pub(crate) fn have_arrived(&self) -> bool {
+        let arrived = self.on_gpu.as_ref().and_then(|on_gpu| on_gpu.arrived.as_ref());
+        arrived.is_none_or(|arrived| arrived.has_come().unwrap_or(true))
+    }
+
+    /// The tensors, here.
+    pub(crate) fn wait(self) -> [Tensor; N] {
+        if let Some(OnGpu { gpu, arrived, .. }) = &self.on_gpu
+            && arrived.as_ref().is_none_or(|arrived| arrived.wait().is_err())
+        {
+            // A GPU that has failed says so here, in libtorch's words.
+            tch::Cuda::synchronize(*gpu as i64);
+        }
+        self.here
+    }
+}
+
+/// A copy beside what the GPU computes failed, and is made once more on libtorch's own stream, after all that was begun. A GPU that
+/// is to blame says so here, in libtorch's words.
+fn in_line(error: &crate::gpu::Error, gpu: usize) {
+    tracing::warn!(%error, "a copy beside what cuda:{gpu} computes failed: it is made once more, in line");
     tch::Cuda::synchronize(gpu as i64);
-    here
 }

@@ -1,5 +1,5 @@
 //! Experts of one layer on a GPU, or in libtorch's products on the processor. In: checked batches and the rows that each
-//! expert gets of them. Out: for each batch a row per assignment. Never here: a GPU waited for before the results are made.
+//! expert gets of them. Out: for each batch a row per assignment, on its way. Never here: a GPU waited for.
 //!
 //! Each row goes to the device once and each result comes back once, whatever the number of experts; the device puts rows in the
 //! experts' order and results in the batches'. There are three ways through the experts: our own kernels, products of groups,
@@ -7,8 +7,8 @@
 
 use std::borrow::Cow;
 
-use super::{Assignment, Computed, Error, ExpertBatch, grouped};
-use crate::{device::Numerics, expert::Expert, gpu::experts::Kernels, hidden::Hidden};
+use super::{Assignment, Error, ExpertBatch, grouped};
+use crate::{device::Numerics, expert::Expert, gpu::experts::Kernels, hidden::Hidden, transfer::Leaving};
 
 /// Which of the ways may be taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,14 +19,15 @@ pub(super) enum Way {
     Libtorch,
 }
 
-/// `experts` are some; in their order come the rows that they see.
+/// `any` is one of `experts`, in whose order come the rows that they see. Returns one tensor of all batches' rows, one batch after
+/// the other.
 pub(super) fn on_device(
+    any: &Expert,
     experts: &[(&Expert, &Vec<Assignment>)],
     batches: &[&ExpertBatch],
     hidden: usize,
     way: Way,
-) -> Result<Vec<Computed>, Error> {
-    let Some((any, _)) = experts.first() else { return Ok(Vec::new()) };
+) -> Result<Leaving<1>, Error> {
     let all: Cow<'_, [f32]> = match batches {
         [one] => Cow::Borrowed(&one.hidden),
         several => Cow::Owned(several.iter().flat_map(|batch| &batch.hidden).copied().collect()),
@@ -53,9 +54,7 @@ pub(super) fn on_device(
             in_experts_order.at(&from)
         }
     };
-    let computed = computed.here();
-    let part = |(batch, first): (&&ExpertBatch, usize)| Computed::rows(computed.run(first, batch.expert_ids.len()));
-    Ok(batches.iter().zip(first_places).map(part).collect())
+    Ok(computed.leaving())
 }
 
 /// Our own, where they can compute all of `experts` and are the quickest, or give rows bits of their own where that is asked for.

@@ -6,6 +6,7 @@
 mod computed;
 mod device;
 mod grouped;
+mod started;
 
 use std::collections::BTreeMap;
 
@@ -23,6 +24,7 @@ pub use computed::Computed;
 use device::{Way, on_device};
 pub(crate) use grouped::Slot;
 pub use grouped::side_by_side;
+pub use started::Started;
 
 /// Rows of one layer that one router sent at once.
 #[derive(Clone, Debug, PartialEq)]
@@ -83,45 +85,51 @@ struct Assignment {
 ///
 /// Returns per batch `[A, D]`, or `[n, D]` where it carries weights.
 pub fn run<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Vec<Computed>, Error> {
-    run_by(Way::Best, batches, resident)
+    Ok(start(batches, resident)?.finish())
 }
 
-/// The same with BF16 weights without our kernels on a GPU, which are measured against this and compared with it; in products of
+/// The same, not waited for: a GPU computes them when this returns. On the processor they are computed then.
+pub fn start<'a>(batches: &[&ExpertBatch], resident: &dyn Fn(u16) -> Option<&'a Expert>) -> Result<Started, Error> {
+    start_by(Way::Best, batches, resident)
+}
+
+/// As [`run`], with BF16 weights without our kernels on a GPU, which are measured against this and compared with it; in products of
 /// groups where experts lie side by side.
 pub fn run_by_libtorch<'a>(
     batches: &[&ExpertBatch],
     resident: &dyn Fn(u16) -> Option<&'a Expert>,
 ) -> Result<Vec<Computed>, Error> {
-    run_by(Way::Libtorch, batches, resident)
+    Ok(start_by(Way::Libtorch, batches, resident)?.finish())
 }
 
-fn run_by<'a>(
+fn start_by<'a>(
     way: Way,
     batches: &[&ExpertBatch],
     resident: &dyn Fn(u16) -> Option<&'a Expert>,
-) -> Result<Vec<Computed>, Error> {
+) -> Result<Started, Error> {
     let by_expert = plan(batches)?;
     let mut experts = Vec::with_capacity(by_expert.len());
     for (&id, assignments) in &by_expert {
         experts.push((resident(id).ok_or(Error::NotResident(id))?, assignments));
     }
-    let Some((any, _)) = experts.first() else {
-        return Ok(batches
-            .iter()
-            .map(|batch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }].into())
-            .collect());
+    let Some((any, _)) = experts.first().copied() else {
+        let rows = |batch: &ExpertBatch| vec![0.0; if batch.weights.is_some() { batch.hidden.len() } else { 0 }].into();
+        return Ok(Started::finished(batches.iter().map(|batch| rows(batch)).collect()));
     };
     let hidden = any.hidden_size();
     if let Some(batch) = batches.iter().find(|batch| batch.hidden.len() != batch.rows * hidden) {
         return Err(batch.inconsistent());
     }
     let by_ours = experts.iter().all(|(expert, assignments)| expert.by_kernels(assignments.len()));
-    let outputs = if by_ours && way == Way::Best {
-        by_kernels(&experts, batches, hidden)
-    } else {
-        on_device(&experts, batches, hidden, way)?
-    };
-    Ok(batches.iter().zip(outputs).map(|(batch, output)| weigh(batch, output, hidden)).collect())
+    if by_ours && way == Way::Best {
+        let outputs = by_kernels(any, &experts, batches, hidden);
+        let weighed = batches.iter().zip(outputs).map(|(batch, output)| match &batch.weights {
+            Some(weights) => weigh(output, batch.rows, &batch.row_ids, weights, hidden),
+            None => output,
+        });
+        return Ok(Started::finished(weighed.collect()));
+    }
+    Ok(Started::leaving(on_device(any, &experts, batches, hidden, way)?, batches, hidden))
 }
 
 impl From<gpu::Error> for Error {
@@ -153,9 +161,13 @@ impl Assignment {
     }
 }
 
-/// All experts as one piece of work, each row from where it lies to where it belongs.
-fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch], hidden: usize) -> Vec<Computed> {
-    let Some((any, _)) = experts.first() else { return Vec::new() };
+/// All experts as one piece of work, each row from where it lies to where it belongs. `any` is one of them.
+fn by_kernels(
+    any: &Expert,
+    experts: &[(&Expert, &Vec<Assignment>)],
+    batches: &[&ExpertBatch],
+    hidden: usize,
+) -> Vec<Computed> {
     let mut outputs: Vec<Vec<f32>> =
         batches.iter().map(|batch| Vec::with_capacity(batch.expert_ids.len() * hidden)).collect();
     let starts: Vec<*mut f32> = outputs.iter_mut().map(Vec::as_mut_ptr).collect();
@@ -186,11 +198,10 @@ fn by_kernels(experts: &[(&Expert, &Vec<Assignment>)], batches: &[&ExpertBatch],
     outputs.into_iter().map(Computed::from).collect()
 }
 
-/// Per row the weighted sum over its assignments, in the batch's order, where weights are given.
-fn weigh(batch: &ExpertBatch, computed: Computed, hidden: usize) -> Computed {
-    let Some(weights) = &batch.weights else { return computed };
-    let mut sums = vec![0.0; batch.rows * hidden];
-    for ((row, weight), values) in batch.row_ids.iter().zip(weights).zip(computed.into_f32().chunks_exact(hidden)) {
+/// For each of `rows` the weighted sum over its assignments, in their order.
+fn weigh(computed: Computed, rows: usize, row_ids: &[u32], weights: &[f32], hidden: usize) -> Computed {
+    let mut sums = vec![0.0; rows * hidden];
+    for ((row, weight), values) in row_ids.iter().zip(weights).zip(computed.into_f32().chunks_exact(hidden)) {
         let start = *row as usize * hidden;
         for (sum, value) in sums[start..start + hidden].iter_mut().zip(values) {
             *sum += weight * value;

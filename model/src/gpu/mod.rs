@@ -1,6 +1,7 @@
 //! Kernels of our own on NVIDIA GPUs.
 //!
-//! In: a GPU. Out: functions that were compiled for it, to be launched. Never here: what is computed; [`experts`] knows that.
+//! In: a GPU. Out: functions that were compiled for it, to be launched. Never here: what is computed; [`experts`] and
+//! [`attention`] know that. [`copies`] has what goes there and comes back beside them.
 //!
 //! libtorch's own way to compile as a program starts is used: NVRTC, which its `libcaffe2_nvrtc.so` brings along with the
 //! driver's functions. Where that cannot be had, or the GPU is older than compute capability 8.0, libtorch computes.
@@ -9,6 +10,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod attention;
+pub(crate) mod copies;
 pub(crate) mod experts;
 
 use std::{
@@ -84,7 +86,7 @@ pub(crate) struct Kernel {
     shared: c_uint,
 }
 
-/// Kernels of one kind on each GPU, compiled when they are first asked for.
+/// What there is once on each GPU, made when it is first asked for.
 #[derive(Debug)]
 pub(crate) struct PerGpu<T: 'static>(Mutex<BTreeMap<usize, Option<&'static T>>>);
 
@@ -93,7 +95,7 @@ impl<T> PerGpu<T> {
         Self(Mutex::new(BTreeMap::new()))
     }
 
-    /// Those for `compute`, which compute BF16. `None` where there are none, which is told once, with `instead`.
+    /// Kernels for `compute`, which compute BF16. `None` where there are none, which is told once, with `instead`.
     pub(crate) fn of(
         &self,
         compute: Compute,
@@ -101,10 +103,20 @@ impl<T> PerGpu<T> {
         instead: &str,
     ) -> Option<&'static T> {
         let (Device::Cuda(index), Dtype::Bf16) = (compute.device, compute.dtype) else { return None };
-        *self.0.lock().entry(index).or_insert_with(|| match compile(index) {
-            Ok(kernels) => Some(Box::leak(Box::new(kernels))),
+        self.on(index, compile, ("kernels of our own", instead))
+    }
+
+    /// That of GPU `index`. `None` where it cannot be made, which is told once: `what` there is not, and what is done instead.
+    pub(crate) fn on(
+        &self,
+        index: usize,
+        make: impl FnOnce(usize) -> Result<T, Error>,
+        (what, instead): (&str, &str),
+    ) -> Option<&'static T> {
+        *self.0.lock().entry(index).or_insert_with(|| match make(index) {
+            Ok(made) => Some(Box::leak(Box::new(made))),
             Err(error) => {
-                tracing::warn!(%error, "no kernels of our own on cuda:{index}: {instead}");
+                tracing::warn!(%error, "no {what} on cuda:{index}: {instead}");
                 None
             }
         })

@@ -33,6 +33,9 @@ mod transfer;
 pub mod hidden;
 pub(crate) mod kernels;
 mod gpu;
+#[cfg(test)]
+#[path = "../tests/made_up_gpu/mod.rs"]
+mod made_up_gpu;
 mod linear;
 mod norm;
 mod rope;

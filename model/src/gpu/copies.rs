@@ -260,55 +260,23 @@ fn bytes(tensor: &Tensor) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-    use std::process::Command;
-
     use rand::{Rng, SeedableRng, rngs::StdRng};
     use tch::Kind;
 
     use super::*;
-    use crate::transfer::{Leaving, leaving};
+    use crate::{
+        made_up_gpu,
+        transfer::{Leaving, leaving},
+    };
 
-    /// Says which streams of the GPU of `tests/gpu_copies` are in a hurry, where there is one.
-    const HURRY: &[u8] = b"hurry\0";
-
-    /// libtorch is told once and for all which devices there are: this test runs itself once more, in a process with such a GPU.
+    /// A real GPU would hide a wait that is missing: this is only tested on one that is made up.
     #[test]
     fn copies_beside_kernels_are_what_copies_in_line_would_be() {
-        // SAFETY: only our own library has a function of this name, and it is of this kind.
-        if let Ok(hurry) = unsafe { Library::this().get::<unsafe extern "C" fn(c_int)>(HURRY) } {
-            return copies_are_right(*hurry);
+        if !made_up_gpu::is_here() {
+            return made_up_gpu::again("this test wants none but that");
         }
-        let name = std::thread::current().name().expect("a test's thread has its name").to_owned();
-        let itself = std::env::current_exe().expect("this program");
-        // libtorch has the CUDA runtime opened where there is no GPU too: this one's functions must be found before.
-        let library = gpu();
-        let ran = Command::new(itself).args(["--exact", &name, "--nocapture"]).env("LD_PRELOAD", &library).output();
-        let ran = ran.expect("it can be run");
-        let said = [ran.stdout, ran.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
-        assert!(ran.status.success() && said[0].contains("1 passed"), "{}", said.concat());
-    }
-
-    /// Compiles it by the compiler that libtorch's bindings are compiled by.
-    fn gpu() -> tempfile::TempPath {
-        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let library = tempfile::Builder::new().prefix("gpu-that-copies").suffix(".so").tempfile().expect("a file");
-        let library = library.into_temp_path();
-        let libtorch = std::env::var("LIBTORCH").ok().or(option_env!("LIBTORCH").map(str::to_owned));
-        let libtorch = Path::new(&libtorch.expect("LIBTORCH says where libtorch is")).to_owned();
-        // It may come with arguments.
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-        let mut words = compiler.split_whitespace();
-        let mut compile = Command::new(words.next().expect("a compiler"));
-        compile.args(words).args(["-std=c++17", "-O1", "-shared", "-fPIC", "-I"]).arg(libtorch.join("include"));
-        compile.arg("-o").arg(&library).arg(here.join("tests/gpu_copies/gpu.cpp"));
-        compile.arg("-L").arg(libtorch.join("lib")).args(["-ltorch_cpu", "-lc10"]);
-        let compiled = compile.output().unwrap_or_else(|error| panic!("{compiler}: {error}"));
-        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
-        library
-    }
-
-    fn copies_are_right(hurry: unsafe extern "C" fn(c_int)) {
+        // SAFETY: its own function, which says which of its streams are in a hurry.
+        let hurry = unsafe { *Library::this().get::<unsafe extern "C" fn(c_int)>(b"hurry\0").expect("its function") };
         let copies = Copies::of(Device::Cuda(0)).expect("streams are to be had");
         for (streams, who) in [(0, "nobody"), (1, "kernels"), (2, "copies"), (3, "everybody")] {
             // SAFETY: a number.

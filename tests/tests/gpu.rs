@@ -13,7 +13,9 @@ async fn a_cluster_on_a_gpu_says_what_the_reference_says_and_goes_on_without_a_w
         return made_up_gpu::again(error);
     }
     let etcd = EtcdProcess::start().await;
-    for golden in Golden::all() {
+    // One that is made up takes its time: three of them say enough there.
+    let few = ["v2_lite", "v3_aligned", "v3_fp8"];
+    for golden in Golden::all().into_iter().filter(|golden| !made_up_gpu::is_here() || few.contains(&&*golden.name)) {
         let built = Cluster::builder(&golden.folder).device(gpu).store(&etcd.spec()).workers(2).replicas(2);
         let mut cluster = built.start().await;
         let client = cluster.client(0).await;

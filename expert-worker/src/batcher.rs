@@ -164,6 +164,11 @@ impl Batcher {
         Duration::try_from_secs_f64(seconds).unwrap_or(most).clamp(least, most)
     }
 
+    /// f32 values that wait.
+    pub fn values(&self) -> usize {
+        self.values
+    }
+
     pub fn len(&self) -> usize {
         self.waiting.len()
     }

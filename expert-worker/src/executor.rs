@@ -1,7 +1,7 @@
 //! The executor: checked batches come in, expert outputs go out. It owns the tensor thread and the experts on it, so no
 //! weight is ever touched from two threads. Each accepted batch gives the thread one turn; a turn takes the oldest batch
 //! and whatever can be computed with it, so a turn may find nothing left to do. While a GPU computes, the same turn prepares
-//! what comes meanwhile (`overlap`). A panic or an error refuses the batch that caused it, and no other. Who has nothing else
+//! what comes meanwhile, where that is much (`overlap`). A panic or an error refuses the batch that caused it, and no other. Who has nothing else
 //! to do sends what is small at once, on the tensor thread itself.
 
 mod overlap;
@@ -9,6 +9,7 @@ mod overlap;
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use conclave_model::compute::{self, Computed, ExpertBatch, Started};
@@ -34,11 +35,17 @@ const MEASURED_FOR: Duration = Duration::from_millis(100);
 /// more take longer than it takes to wake the wire thread, which sends them while this one goes on.
 const SENT_HERE: usize = 32 << 10;
 
+/// Values that wait, at least, for a group of them to be started while another computes. Then to prepare them takes long, and their
+/// weights are read for many rows anyway; fewer wait for company meanwhile, as they do on a processor.
+const BESIDE: usize = 128 << 10;
+
 #[derive(Debug)]
 pub struct Executor {
     thread: TensorThread<Held>,
     waiting: Arc<Mutex<Batcher>>,
     metrics: Metrics,
+    /// How many want something else of the thread: then a turn is one group.
+    others: Arc<AtomicUsize>,
 }
 
 impl Executor {
@@ -50,7 +57,8 @@ impl Executor {
         };
         // One place more than turns need: an expert that is being installed must not keep a batch from its turn.
         let thread = TensorThread::spawn("experts", queue + 1, init).await?;
-        Ok(Self { thread, waiting: Arc::new(Mutex::new(Batcher::new(queue))), metrics })
+        let waiting = Arc::new(Mutex::new(Batcher::new(queue)));
+        Ok(Self { thread, waiting, metrics, others: Arc::default() })
     }
 
     /// Lets a batch wait for its turn. All its experts must have been installed. Its answer comes exactly once; dropping
@@ -63,10 +71,10 @@ impl Executor {
     ) -> Result<oneshot::Receiver<Answer>, Refusal> {
         let (answer, receiver) = oneshot::channel();
         self.waiting.lock().push(Pending { batch, arrived, deadline, answer })?;
-        let (waiting, metrics) = (Arc::clone(&self.waiting), self.metrics.clone());
+        let (waiting, metrics, others) = (Arc::clone(&self.waiting), self.metrics.clone(), Arc::clone(&self.others));
         // A full queue of turns is fine: it holds as many turns as batches may wait, and each of them takes the oldest.
         // A thread that has ended drops the batch, and with it the answer's sender.
-        match self.thread.try_run(move |experts| turn(experts, &waiting, &metrics)) {
+        match self.thread.try_run(move |experts| turn(experts, &waiting, &metrics, &others)) {
             Ok(_) | Err(tensor_thread::Error::Busy) => Ok(receiver),
             Err(error) => Err(Refusal::Internal(error.to_string())),
         }
@@ -74,17 +82,26 @@ impl Executor {
 
     /// Hands an expert to the tensor thread. It can be computed with once this returns.
     pub async fn install(&self, layer: LayerIdx, id: ExpertId, expert: Expert) -> Result<(), tensor_thread::Error> {
-        self.thread.run(move |experts| experts.insert(layer.0, id.0, expert)).await
+        self.run(move |experts| experts.insert(layer.0, id.0, expert)).await
     }
 
     /// Takes an expert from the tensor thread. A batch that still waits for it is refused then, as one that comes later.
     pub async fn remove(&self, layer: LayerIdx, id: ExpertId) -> Result<(), tensor_thread::Error> {
-        self.thread.run(move |experts| experts.remove(layer.0, id.0)).await
+        self.run(move |experts| experts.remove(layer.0, id.0)).await
     }
 
     /// Rows a second through one installed expert, the best of some tries of a few rows each. 0 where it is not there.
     pub async fn measure(&self, layer: LayerIdx, id: ExpertId) -> Result<f64, tensor_thread::Error> {
-        self.thread.run(move |experts| speed(experts, layer.0, id.0)).await
+        self.run(move |experts| speed(experts, layer.0, id.0)).await
+    }
+
+    /// Has the thread do something else than batches, after the turns that are queued.
+    async fn run<R: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut Held) -> R + Send + 'static,
+    ) -> Result<R, tensor_thread::Error> {
+        let _one_more = OneMore::of(&self.others);
+        self.thread.run(job).await
     }
 
     /// Batches computed so far.
@@ -95,6 +112,22 @@ impl Executor {
     /// Lets the thread finish what waits and drop the experts.
     pub async fn close(self) {
         self.thread.close().await;
+    }
+}
+
+/// Counts as one more for as long as it is kept.
+struct OneMore<'a>(&'a AtomicUsize);
+
+impl<'a> OneMore<'a> {
+    fn of(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for OneMore<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -119,8 +152,8 @@ fn speed(experts: &Held, layer: u32, id: u16) -> f64 {
     if best.is_finite() { rows as f64 / best.max(1e-9) } else { 0.0 }
 }
 
-fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics) {
-    overlap::turn(&mut Turn { experts, waiting, metrics, under_way: 0, finished: None });
+fn turn(experts: &mut Held, waiting: &Mutex<Batcher>, metrics: &Metrics, others: &AtomicUsize) {
+    overlap::turn(&mut Turn { experts, waiting, metrics, others, under_way: 0, finished: None });
 }
 
 /// One turn of the tensor thread.
@@ -128,6 +161,7 @@ struct Turn<'a> {
     experts: &'a mut Held,
     waiting: &'a Mutex<Batcher>,
     metrics: &'a Metrics,
+    others: &'a AtomicUsize,
     /// Groups that were started and are not finished.
     under_way: usize,
     /// When the last of them was.
@@ -138,6 +172,8 @@ struct Turn<'a> {
 struct Group {
     batches: Vec<Pending>,
     started: Instant,
+    /// Another one was under way then, and had its memory.
+    beside: bool,
     /// Or why they cannot be.
     rows: Result<Started, String>,
 }
@@ -153,18 +189,26 @@ impl overlap::Work for Turn<'_> {
             let refusal = Refusal::Busy { message: "the deadline passed in the queue", retry_after };
             reply(late, Err(refusal), started, Duration::ZERO);
         }
-        self.experts.lay_out(group.first()?.batch.layer);
-        let rows = start_batches(self.experts, &batches_of(&group));
+        let layer = group.first()?.batch.layer;
+        let rows =
+            unpanicked(|| self.experts.lay_out(layer)).and_then(|()| start_batches(self.experts, &batches_of(&group)));
+        let beside = self.under_way > 0;
         self.under_way += 1;
-        Some(Group { batches: group, started, rows })
+        Some(Group { batches: group, started, beside, rows })
+    }
+
+    fn start_beside(&mut self) -> Option<Group> {
+        let worth_it = self.others.load(Ordering::Relaxed) == 0 && self.waiting.lock().values() >= BESIDE;
+        if worth_it { self.start() } else { None }
     }
 
     fn is_ready(&self, group: &Group) -> bool {
         group.rows.as_ref().map_or(true, Started::is_ready)
     }
 
-    fn finish(&mut self, Group { batches: group, started, rows }: Group) {
-        let outcomes = outcomes(self.experts, &group, rows.and_then(|rows| finish_batches(rows, group.len())));
+    fn finish(&mut self, Group { batches: group, started, beside, rows }: Group) {
+        let computed = rows.and_then(|rows| finish_batches(rows, group.len()));
+        let outcomes = outcomes(self.experts, &group, computed, beside);
         let (now, metrics) = (Instant::now(), self.metrics);
         // Until then it waited for the one before.
         let began = self.finished.map_or(started, |before| before.max(started));
@@ -207,11 +251,13 @@ fn reply(pending: Pending, outcome: Result<Computed, Refusal>, started: Instant,
 }
 
 /// One outcome per batch of `group`, of which `computed` is what came. Where the group failed as a whole, a batch whose expert has
-/// gone since it was accepted is refused, and each other one is tried alone, so that only the one that cannot be computed is refused.
+/// gone since it was accepted is refused, and each other one is tried alone, unless it was: so only the one that cannot be computed is
+/// refused.
 fn outcomes(
     experts: &Held,
     group: &[Pending],
     computed: Result<Vec<Computed>, String>,
+    beside: bool,
 ) -> Vec<Result<Computed, Refusal>> {
     let reason = match computed {
         Ok(outputs) => return outputs.into_iter().map(Ok).collect(),
@@ -222,8 +268,8 @@ fn outcomes(
         if !missing.is_empty() {
             return Err(Refusal::NotResident(missing));
         }
-        let outcome = match group.len() {
-            1 => Err(reason.clone()),
+        let outcome = match group {
+            [_] if !beside => Err(reason.clone()),
             _ => compute_batches(experts, &[batch]).map(|mut outputs| outputs.swap_remove(0)),
         };
         outcome.map_err(|reason| {
@@ -274,7 +320,11 @@ fn unpanicked<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 
 #[cfg(test)]
 mod tests {
+    use conclave_model::checkpoint::Checkpoint;
+    use conclave_model::device::{Compute, Device};
+
     use super::*;
+    use crate::made_up_gpu;
 
     /// One row for these experts.
     fn pending(expert_ids: Vec<u16>) -> Pending {
@@ -286,7 +336,53 @@ mod tests {
 
     fn computed(group: &[Pending]) -> Vec<Result<Computed, Refusal>> {
         let experts = Held::default();
-        outcomes(&experts, group, compute_batches(&experts, &batches_of(group)))
+        outcomes(&experts, group, compute_batches(&experts, &batches_of(group)), false)
+    }
+
+    /// Answers to prompts that come one after the other, for two layers by turns.
+    async fn answers(device: Device) -> Vec<Vec<f32>> {
+        const ROWS: usize = 2048;
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/golden/v2_lite");
+        let checkpoint = Checkpoint::open(folder.as_ref()).unwrap();
+        let (hidden, experts) = (checkpoint.config().hidden_size, checkpoint.config().n_routed_experts as u16);
+        let executor =
+            Executor::start(1, 8, Metrics::register(&conclave_runtime::admin::registry(), &[])).await.unwrap();
+        for (layer, id) in [1, 2].into_iter().flat_map(|layer| (0..experts).map(move |id| (layer, id))) {
+            let compute = Compute { device, ..Compute::REFERENCE };
+            let expert = Expert::load(&checkpoint, layer, id.into(), compute).unwrap();
+            executor.install(LayerIdx(layer), ExpertId(id), expert).await.unwrap();
+        }
+        let prompt = |nth: usize| ExpertBatch {
+            layer: 1 + nth as u32 % 2,
+            rows: ROWS,
+            hidden: (0..ROWS * hidden).map(|at| ((at * 37 + nth) % 64) as f32 / 32.0 - 1.0).collect(),
+            expert_ids: (0..ROWS).map(|row| (row + nth) as u16 % experts).collect(),
+            row_ids: (0..ROWS as u32).collect(),
+            weights: (nth == 3).then(|| vec![0.5; ROWS]),
+        };
+        assert!(prompt(0).hidden.len() >= BESIDE, "worth it while another computes");
+        let now = Instant::now();
+        let submitted = (0..6).map(|nth| executor.submit(prompt(nth), now, now + Duration::from_secs(600)).unwrap());
+        let mut answers = Vec::new();
+        for answer in submitted.collect::<Vec<_>>() {
+            answers.push(answer.await.unwrap().outcome.unwrap().into_f32());
+        }
+        executor.close().await;
+        answers
+    }
+
+    #[tokio::test]
+    async fn prompts_that_come_while_a_gpu_computes_are_answered_as_by_a_processor() {
+        let gpu = Device::Cuda(0);
+        if let Err(error) = gpu.open() {
+            return made_up_gpu::again(error);
+        }
+        let (ours, right) = (answers(gpu).await, answers(Device::Cpu).await);
+        assert_eq!(ours.len(), right.len());
+        for (nth, (ours, right)) in ours.iter().zip(&right).enumerate() {
+            let off = ours.iter().zip(right).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(ours.len() == right.len() && off < 1e-4, "prompt {nth} is off by {off}");
+        }
     }
 
     #[test]

@@ -24,3 +24,7 @@ pub mod loader;
 pub mod residency;
 
 pub mod metrics;
+
+#[cfg(test)]
+#[path = "../../model/tests/made_up_gpu/mod.rs"]
+mod made_up_gpu;

@@ -76,7 +76,11 @@ impl Metrics {
         registry.register("batches", "Batches computed", m.batches);
         registry.register("non_finite_batches", "Batches whose output holds NaN or infinity", m.non_finite);
         registry.register("queue_seconds", "Time of a batch in the queue", m.queue_seconds);
-        registry.register("compute_seconds", "Time of a group on the tensor thread", m.compute_seconds);
+        registry.register(
+            "compute_seconds",
+            "Time of a group, from the end of the one before where that was later than its start",
+            m.compute_seconds,
+        );
         registry.register("busy_seconds", "Time that the tensor thread computed", m.busy_seconds);
         registry.register("group_batches", "Batches computed together", m.group_batches);
         registry.register("streams", "Open exchange streams", m.streams);

@@ -1,7 +1,7 @@
 //! Values on their way to a GPU and back.
 //!
-//! In: tensors on one side. Out: the same on the other. Never here: a wait on the way out; on the way back there is one, for
-//! everything that comes back at once.
+//! In: tensors on one side. Out: the same on the other. Never here: a wait on the way out, unless a copy failed; on the way back
+//! there is one, for everything that comes back at once.
 //!
 //! A GPU reads and writes memory that stays in its place by itself, while the processor goes on. libtorch has a pool of such
 //! memory and keeps each piece until the GPU is through with it. What is large goes beside what the GPU computes
@@ -9,7 +9,7 @@
 
 use tch::{Device, Tensor, kind::Element};
 
-use crate::gpu::copies::{Copies, Event, pinned};
+use crate::gpu::copies::{Copies, Event, here, pinned, there};
 
 /// `values` `[n]` on `device`.
 pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
@@ -20,12 +20,12 @@ pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
 pub(crate) fn sent(tensor: Tensor, device: Device) -> Tensor {
     let Device::Cuda(gpu) = device else { return tensor };
     match Copies::of(device).map(|copies| copies.send(&tensor)) {
-        Some(Ok(there)) => there,
+        Some(Ok(sent)) => sent,
         failed => {
             if let Some(Err(error)) = failed {
                 in_line(&error, gpu);
             }
-            pinned(&tensor, device).to_device_(device, tensor.kind(), true, false)
+            there(&pinned(&tensor, device), device)
         }
     }
 }
@@ -40,22 +40,22 @@ pub(crate) fn leaving<const N: usize>(tensors: [Tensor; N]) -> Leaving<N> {
     let Some(Device::Cuda(gpu)) = tensors.first().map(Tensor::device) else {
         return Leaving { here: tensors, on_gpu: None };
     };
-    let (here, arrived) = match Copies::of(Device::Cuda(gpu)).map(|copies| copies.fetch(&tensors)) {
-        Some(Ok((here, arrived))) => (here, Some(arrived)),
+    let (copies, arrived) = match Copies::of(Device::Cuda(gpu)).map(|copies| copies.fetch(&tensors)) {
+        Some(Ok((copies, arrived))) => (copies, Some(arrived)),
         failed => {
             if let Some(Err(error)) = failed {
                 in_line(&error, gpu);
             }
-            (tensors.each_ref().map(|tensor| tensor.to_device_(Device::Cpu, tensor.kind(), true, false)), None)
+            (tensors.each_ref().map(here), None)
         }
     };
-    Leaving { here, on_gpu: Some(OnGpu { gpu, arrived, _read: Vec::from(tensors) }) }
+    Leaving { here: copies, on_gpu: Some(OnGpu { gpu, arrived, _read: Vec::from(tensors) }) }
 }
 
 /// Tensors that a GPU computes and copies to the processor.
 #[derive(Debug)]
 pub(crate) struct Leaving<const N: usize> {
-    /// Theirs is nothing that may be read before they have arrived.
+    /// Not to be read before they have arrived.
     here: [Tensor; N],
     /// `None` where there is nothing to wait for.
     on_gpu: Option<OnGpu>,

@@ -23,7 +23,8 @@ use super::{Error, PerGpu, SetDevice, check};
 
 /// What is copied in less time than streams need to wait for each other stays on libtorch's own: bytes.
 const ASIDE: usize = 256 << 10;
-/// Copies to a GPU that kernels may not have read yet, and their bytes, both at most. The next one waits for the oldest of them.
+/// Copies to a GPU that kernels may not have read yet, and their bytes, both at most. The next one waits for the oldest of them;
+/// one that is larger by itself goes in line.
 const AHEAD: usize = 4;
 const AHEAD_BYTES: usize = 64 << 20;
 
@@ -80,6 +81,7 @@ struct Cuda {
     query: unsafe extern "C" fn(*mut c_void) -> c_int,
     wait_for: unsafe extern "C" fn(*mut c_void) -> c_int,
     wait_on_stream: unsafe extern "C" fn(*mut c_void, *mut c_void, c_uint) -> c_int,
+    last_error: unsafe extern "C" fn() -> c_int,
     use_stream: unsafe extern "C" fn(*mut c_void, i32) -> i32,
 }
 
@@ -106,6 +108,7 @@ impl Copies {
                 query: *process.get(b"cudaEventQuery\0")?,
                 wait_for: *process.get(b"cudaEventSynchronize\0")?,
                 wait_on_stream: *process.get(b"cudaStreamWaitEvent\0")?,
+                last_error: *process.get(b"cudaGetLastError\0")?,
                 use_stream: *process.get(b"torch_set_current_cuda_stream\0")?,
             };
             let pooled = process.get::<Pooled>(b"torch_get_cuda_stream_from_pool\0")?;
@@ -122,8 +125,8 @@ impl Copies {
     /// `tensor`, which is on the processor, on the GPU. libtorch's stream waits for it; the processor does not.
     pub(crate) fn send(&'static self, tensor: &Tensor) -> Result<Tensor, Error> {
         let pinned = pinned(tensor, self.device());
-        if bytes(tensor) < ASIDE {
-            return Ok(pinned.to_device_(self.device(), pinned.kind(), true, false));
+        if !(ASIDE..=AHEAD_BYTES).contains(&bytes(tensor)) {
+            return Ok(there(&pinned, self.device()));
         }
         let mut ahead = self.ahead.lock();
         // What is dropped here is written again by the next copies, which come after kernels have read it.
@@ -133,26 +136,26 @@ impl Copies {
             self.after(self.towards, &read)?;
             drop(tensor);
         }
-        let there = self.upon(self.towards, || pinned.to_device_(self.device(), pinned.kind(), true, false))?;
+        let tensor = self.upon(self.towards, || there(&pinned, self.device()))?;
         let arrived = self.event(self.towards)?;
         self.after(MAIN, &arrived)?;
-        // In memory of libtorch's own stream, which knows who else reads it. That is a copy within the GPU: nothing, beside the
-        // one that led here.
-        let sent = copied(&there);
-        ahead.push_back(Ahead { read: self.event(MAIN)?, tensor: there });
+        // In memory of libtorch's own stream, which knows who else reads it. A GPU's memory is so much quicker than the way to it
+        // that one more copy there is little.
+        let sent = copied(&tensor);
+        ahead.push_back(Ahead { read: self.event(MAIN)?, tensor });
         Ok(sent)
     }
 
     /// `tensors`, which are on the GPU, on the processor once the event has come. They must be kept until then.
     pub(crate) fn fetch<const N: usize>(&'static self, tensors: &[Tensor; N]) -> Result<([Tensor; N], Event), Error> {
-        let here = || tensors.each_ref().map(|tensor| tensor.to_device_(Device::Cpu, tensor.kind(), true, false));
+        let copies = || tensors.each_ref().map(here);
         if tensors.iter().map(bytes).sum::<usize>() < ASIDE {
-            return Ok((here(), self.event(MAIN)?));
+            return Ok((copies(), self.event(MAIN)?));
         }
         let computed = self.event(MAIN)?;
         self.after(self.back, &computed)?;
-        let here = self.upon(self.back, here)?;
-        Ok((here, self.event(self.back)?))
+        let copies = self.upon(self.back, copies)?;
+        Ok((copies, self.event(self.back)?))
     }
 
     fn device(&self) -> Device {
@@ -161,28 +164,29 @@ impl Copies {
 
     /// What `stream` has been told by now, as something that can be waited for.
     fn event(&'static self, stream: Stream) -> Result<Event, Error> {
-        self.here()?;
+        self.make_current()?;
         let unused = self.events.lock().pop();
         let handle = match unused {
             Some(handle) => handle,
             None => {
                 let mut event = ptr::null_mut();
                 // SAFETY: only the variable is written.
-                check("cudaEventCreateWithFlags", unsafe { (self.cuda.create_event)(&raw mut event, NO_TIMES) })?;
+                let status = unsafe { (self.cuda.create_event)(&raw mut event, NO_TIMES) };
+                self.cuda.done("cudaEventCreateWithFlags", status)?;
                 Handle(event)
             }
         };
         let event = Event { handle, copies: self };
         // SAFETY: an event and a stream of this GPU, which is the thread's now.
-        check("cudaEventRecord", unsafe { (self.cuda.record)(handle.0, stream.0) })?;
+        self.cuda.done("cudaEventRecord", unsafe { (self.cuda.record)(handle.0, stream.0) })?;
         Ok(event)
     }
 
     /// Has `stream` wait for `event` before all that it will be told.
     fn after(&self, stream: Stream, event: &Event) -> Result<(), Error> {
-        self.here()?;
+        self.make_current()?;
         // SAFETY: as above; no flags.
-        check("cudaStreamWaitEvent", unsafe { (self.cuda.wait_on_stream)(stream.0, event.handle.0, 0) })
+        self.cuda.done("cudaStreamWaitEvent", unsafe { (self.cuda.wait_on_stream)(stream.0, event.handle.0, 0) })
     }
 
     /// What `work` makes, by libtorch on `stream`.
@@ -193,20 +197,32 @@ impl Copies {
             fn drop(&mut self) {
                 // SAFETY: as below.
                 let status = unsafe { (self.0.cuda.use_stream)(MAIN.0, self.0.gpu) };
-                // Kernels would go on beside what they read.
+                // Kernels would go on beside what they read: better none go on. Where the work has panicked too, the process ends.
                 assert_eq!(status, 0, "libtorch's own stream cannot be returned to");
             }
         }
         // SAFETY: a stream of this GPU, or none for libtorch's own.
-        check("torch_set_current_cuda_stream", unsafe { (self.cuda.use_stream)(stream.0, self.gpu) })?;
+        let status = unsafe { (self.cuda.use_stream)(stream.0, self.gpu) };
+        self.cuda.done("torch_set_current_cuda_stream", status)?;
         let _returns = Returns(self);
         Ok(work())
     }
 
     /// Makes this GPU the thread's, which CUDA takes the null stream to be on.
-    fn here(&self) -> Result<(), Error> {
+    fn make_current(&self) -> Result<(), Error> {
         // SAFETY: a number.
-        check("cudaSetDevice", unsafe { (self.cuda.set_device)(self.gpu) })
+        self.cuda.done("cudaSetDevice", unsafe { (self.cuda.set_device)(self.gpu) })
+    }
+}
+
+impl Cuda {
+    /// As [`check`], and nobody else is told: CUDA keeps a thread's last error, and libtorch takes it for its own.
+    fn done(&self, function: &'static str, status: c_int) -> Result<(), Error> {
+        if status != 0 {
+            // SAFETY: it has no arguments.
+            unsafe { (self.last_error)() };
+        }
+        check(function, status)
     }
 }
 
@@ -221,16 +237,17 @@ impl Event {
     /// Whether the stream has come there.
     pub(crate) fn has_come(&self) -> Result<bool, Error> {
         // SAFETY: an event of this process.
-        match unsafe { (self.copies.cuda.query)(self.handle.0) } {
-            NOT_READY => Ok(false),
-            status => check("cudaEventQuery", status).map(|()| true),
+        let status = unsafe { (self.copies.cuda.query)(self.handle.0) };
+        match self.copies.cuda.done("cudaEventQuery", status) {
+            Err(_) if status == NOT_READY => Ok(false),
+            outcome => outcome.map(|()| true),
         }
     }
 
     /// Waits until it has.
     pub(crate) fn wait(&self) -> Result<(), Error> {
         // SAFETY: as above.
-        check("cudaEventSynchronize", unsafe { (self.copies.cuda.wait_for)(self.handle.0) })
+        self.copies.cuda.done("cudaEventSynchronize", unsafe { (self.copies.cuda.wait_for)(self.handle.0) })
     }
 }
 
@@ -247,11 +264,19 @@ pub(crate) fn pinned(tensor: &Tensor, gpu: Device) -> Tensor {
     tensor.internal_pin_memory(gpu)
 }
 
+/// `pinned` on `gpu`, by the thread's stream.
+pub(crate) fn there(pinned: &Tensor, gpu: Device) -> Tensor {
+    pinned.to_device_(gpu, pinned.kind(), true, false)
+}
+
+/// `tensor`, which is on a GPU, on the processor once the thread's stream has come there; in pinned memory.
+pub(crate) fn here(tensor: &Tensor) -> Tensor {
+    tensor.to_device_(Device::Cpu, tensor.kind(), true, false)
+}
+
 /// The same on the same GPU, a copy.
 fn copied(tensor: &Tensor) -> Tensor {
-    let mut copy = tensor.empty_like();
-    copy.copy_(tensor);
-    copy
+    tensor.to_device_(tensor.device(), tensor.kind(), true, true)
 }
 
 fn bytes(tensor: &Tensor) -> usize {
@@ -266,7 +291,7 @@ mod tests {
     use super::*;
     use crate::{
         made_up_gpu,
-        transfer::{Leaving, leaving},
+        transfer::{Leaving, leaving, sent},
     };
 
     /// A real GPU would hide a wait that is missing: this is only tested on one that is made up.
@@ -275,8 +300,13 @@ mod tests {
         if !made_up_gpu::is_here() {
             return made_up_gpu::again("this test wants none but that");
         }
-        // SAFETY: its own function, which says which of its streams are in a hurry.
-        let hurry = unsafe { *Library::this().get::<unsafe extern "C" fn(c_int)>(b"hurry\0").expect("its function") };
+        // SAFETY: its own functions: which of its streams are in a hurry, and which call from now on fails.
+        let (hurry, fail) = unsafe {
+            type OfNumber = unsafe extern "C" fn(c_int);
+            let process = Library::this();
+            let function = |name: &[u8]| *process.get::<OfNumber>(name).expect("its function");
+            (function(b"hurry\0"), function(b"fail\0"))
+        };
         let copies = Copies::of(Device::Cuda(0)).expect("streams are to be had");
         for (streams, who) in [(0, "nobody"), (1, "kernels"), (2, "copies"), (3, "everybody")] {
             // SAFETY: a number.
@@ -285,6 +315,26 @@ mod tests {
                 go_back_and_forth(copies, seed, &format!("{who} in a hurry, seed {seed}"));
             }
         }
+        // SAFETY: numbers.
+        unsafe { hurry(0) };
+        is_asked_until_it_is_here(copies);
+        for nth in 0..20 {
+            // SAFETY: a number.
+            unsafe { fail(nth) };
+            let values = Tensor::full([ASIDE as i64], f64::from(nth), (Kind::Float, Device::Cpu));
+            let [back] = leaving([sent(values.shallow_clone(), copies.device())]).wait();
+            assert_eq!(back, values, "call {nth} fails");
+        }
+    }
+
+    fn is_asked_until_it_is_here(copies: &'static Copies) {
+        let values = Tensor::full([ASIDE as i64], 3.0, (Kind::Float, Device::Cpu));
+        let leaving = leaving([copies.send(&values).expect("it is sent")]);
+        assert!(!leaving.have_arrived(), "nothing was done so far");
+        let asked = (0..1000).find(|_| leaving.have_arrived());
+        assert!(asked.is_some(), "whoever asks lets time go by");
+        let [here] = leaving.wait();
+        assert_eq!(here, values);
     }
 
     /// Sends and fetches tensors in any order, keeps some, and lets go of others at any time.

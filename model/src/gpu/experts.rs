@@ -208,7 +208,7 @@ mod tests {
         }
         let formats = [Format::Bf16, Format::Fp8 { block: 64 }, Format::Fp8 { block: 128 }];
         let sizes = [(16, 16), (128, 64), (144, 48), (272, 336), (2048, 1408)];
-        // The last would take minutes there.
+        // The last two would take long there.
         let sizes = if made_up_gpu::is_here() { &sizes[..3] } else { &sizes[..] };
         for &(hidden, inner) in sizes {
             for format in formats {

@@ -31,7 +31,7 @@ const LEAST_CAPABILITY: c_int = 8;
 /// Threads of one block; as in `common.cu`.
 const THREADS: c_uint = 256;
 
-/// Why there are no kernels.
+/// Why kernels, or streams, cannot be had or used.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     /// A library or one of its functions is missing.
@@ -106,7 +106,7 @@ impl<T> PerGpu<T> {
         self.on(index, compile, ("kernels of our own", instead))
     }
 
-    /// That of GPU `index`. `None` where it cannot be made, which is told once: `what` there is not, and what is done instead.
+    /// That of GPU `index`. `None` where it cannot be made, which is told once: `what` is missing, and what is done instead.
     pub(crate) fn on(
         &self,
         index: usize,

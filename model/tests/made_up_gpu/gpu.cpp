@@ -2,7 +2,8 @@
 // of it. Never here: a wait that nobody asked for. What a real one does by chance, this one does always.
 //
 // Its memory is the process's. A stream is a list of what is to be done, copies and our own kernels, and nothing of it is done before
-// something on it, or behind it, is waited for; but for those streams that `hurry` names, which do at once what they may. Memory that was
+// somebody waits for something on it or behind it, or asks whether it has come; but for those streams that `hurry` names, which do at once
+// what they may. There is one such GPU, and what is told of another is told of this one. Memory that was
 // given back is given away again on the stream that it was of, as libtorch's own allocator does, whoever may still have to read it. What
 // libtorch computes, its processor's half computes, once all is done that the stream was told before.
 
@@ -234,8 +235,12 @@ at::Tensor as_host(const at::Tensor& tensor) {
     return host;
 }
 
+// libtorch takes a thread's last error for its own.
+thread_local int last_error = 0;
+
 at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
     const Turn turn(everything);
+    TORCH_CHECK(last_error == 0, "CUDA error ", last_error);
     const bool bytes = self.scalar_type() == from.scalar_type() && self.sizes() == from.sizes();
     if (!bytes || !self.is_contiguous() || !from.is_contiguous()) {
         drain(*current);
@@ -280,6 +285,7 @@ c10::IValue each_of(const c10::IValue& value, One one) {
 
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const Turn turn(everything);
+    TORCH_CHECK(last_error == 0, "CUDA error ", last_error);
     drain(*current);
     const auto& schema = op.schema();
     std::vector<at::Tensor> given;
@@ -338,6 +344,18 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
 
 #define ASKED extern "C" __attribute__((visibility("default")))
 
+// The call that fails, counted down.
+int until_failure = -1;
+
+int outcome() {
+    const Turn turn(everything);
+    if (until_failure < 0 || until_failure-- > 0) return 0;
+    return last_error = 2;
+}
+
+// Call `nth` from now on fails, once.
+ASKED void fail(int nth) { until_failure = nth; }
+
 // Which streams do at once what they may.
 ASKED void hurry(int streams) { hurried = streams; }
 
@@ -348,7 +366,9 @@ ASKED void* dlopen(const char* name, int flags) {
     return real(is("libc10_cuda.so") || is("libtorch_cuda.so") || is("libcaffe2_nvrtc.so") ? nullptr : name, flags);
 }
 
-ASKED int cudaSetDevice(int) { return 0; }
+ASKED int cudaSetDevice(int) { return outcome(); }
+
+ASKED int cudaGetLastError() { return std::exchange(last_error, 0); }
 
 ASKED int cudaMemGetInfo(size_t* free, size_t* all) {
     *free = *all = size_t(4) << 30;
@@ -362,12 +382,14 @@ ASKED int cudaDeviceGetAttribute(int* value, int attribute, int) {
 }
 
 ASKED int cudaEventCreateWithFlags(void** event, unsigned) {
+    if (const int failed = outcome()) return failed;
     *event = new Event;
     return 0;
 }
 
 ASKED int cudaEventRecord(void* event, void* stream) {
     const Turn turn(everything);
+    if (const int failed = outcome()) return failed;
     auto& point = static_cast<Event*>(event)->point;
     point = std::make_shared<Point>(Point{&of(stream)});
     Task task;
@@ -378,6 +400,7 @@ ASKED int cudaEventRecord(void* event, void* stream) {
 
 ASKED int cudaStreamWaitEvent(void* stream, void* event, unsigned) {
     const Turn turn(everything);
+    if (const int failed = outcome()) return failed;
     Task task;
     task.waits = static_cast<Event*>(event)->point;
     told(of(stream), std::move(task));
@@ -385,6 +408,7 @@ ASKED int cudaStreamWaitEvent(void* stream, void* event, unsigned) {
 }
 
 ASKED int cudaEventSynchronize(void* event) {
+    if (const int failed = outcome()) return failed;
     reach(*static_cast<Event*>(event)->point);
     return 0;
 }
@@ -394,10 +418,12 @@ ASKED int cudaEventQuery(void* event) {
     const Turn turn(everything);
     const auto point = static_cast<Event*>(event)->point;
     for (Stream* stream = point->of; !point->come && !stream->tasks.empty() && !step(*stream);) stream = stream->tasks.front().waits->of;
-    return point->come ? 0 : 600;
+    return point->come ? 0 : last_error = 600;
 }
 
 ASKED int torch_set_current_cuda_stream(void* stream, int32_t) {
+    // Back to the main stream it goes always.
+    if (stream && outcome()) return 1;
     current = &of(stream);
     return 0;
 }

@@ -39,7 +39,7 @@ pub fn again(why: impl Display) {
 
 /// Compiled into `folder` once for all tests, by the compiler that libtorch's bindings are compiled by.
 fn library(folder: &Path) -> PathBuf {
-    let sources = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../model"));
+    let sources = fs::canonicalize(concat!(env!("CARGO_MANIFEST_DIR"), "/../model")).expect("its sources");
     let libtorch = option_env!("LIBTORCH").map(str::to_owned).or(env::var("LIBTORCH").ok());
     let libtorch = PathBuf::from(libtorch.expect("LIBTORCH says where libtorch is"));
     // Where the others of libtorch lie, which programs that know nothing of it must find too.

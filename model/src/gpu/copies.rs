@@ -132,9 +132,9 @@ impl Copies {
         // What is dropped here is written again by the next copies, which come after kernels have read it.
         let held = |ahead: &VecDeque<Ahead>| ahead.iter().map(|Ahead { tensor, .. }| bytes(tensor)).sum::<usize>();
         while ahead.len() >= AHEAD || held(&ahead) + bytes(tensor) > AHEAD_BYTES {
-            let Some(Ahead { read, tensor }) = ahead.pop_front() else { break };
-            self.after(self.towards, &read)?;
-            drop(tensor);
+            let Some(oldest) = ahead.front() else { break };
+            self.after(self.towards, &oldest.read)?;
+            ahead.pop_front();
         }
         let tensor = self.upon(self.towards, || there(&pinned, self.device()))?;
         let arrived = self.event(self.towards)?;

@@ -3,9 +3,9 @@
 //
 // Its memory is the process's. A stream is a list of what is to be done, copies and our own kernels, and nothing of it is done before
 // somebody waits for something on it or behind it, or asks whether it has come; but for those streams that `hurry` names, which do at once
-// what they may. There is one such GPU, and what is told of another is told of this one. Memory that was
-// given back is given away again on the stream that it was of, as libtorch's own allocator does, whoever may still have to read it. What
-// libtorch computes, its processor's half computes, once all is done that the stream was told before.
+// what they may. Memory that was given back is given away again on the stream that it was of, as libtorch's own allocator does, whoever may
+// still have to read it. What libtorch computes, its processor's half computes, once all is done that the stream was told before. There is
+// one such GPU; what is told of another is told of this one.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
@@ -262,7 +262,7 @@ at::Tensor& copy(at::Tensor& self, const at::Tensor& from, bool non_blocking) {
 
 // --- what libtorch computes ---
 
-// Every tensor of `value` that is one of ours goes through `one`.
+// `value` with `one` of each of its tensors.
 template <typename One>
 c10::IValue each_of(const c10::IValue& value, One one) {
     if (value.isTensor()) return one(value.toTensor());
@@ -303,7 +303,9 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
         if (!made.defined() || !made.has_storage()) return made;
         for (const at::Tensor& tensor : given) {
             if (made.storage().data() != tensor.storage().data() || !made.storage().data()) continue;
-            if (written) return tensor;
+            const bool same = made.sizes() == tensor.sizes() && made.strides() == tensor.strides();
+            if (written && same && made.storage_offset() == tensor.storage_offset()) return tensor;
+            if (written) continue;
             const c10::DispatchKeySet keys(c10::DispatchKey::CUDA);
             auto view = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(tensor.storage()), keys, made.dtype());
             view.unsafeGetTensorImpl()->set_sizes_and_strides(made.sizes(), made.strides(), made.storage_offset());

@@ -77,7 +77,7 @@ async fn of_model(folder: &Path, name: String) -> anyhow::Result<OfModel> {
     let (mut first_answer, mut all_resident, mut memory) = (Samples::default(), Samples::default(), Vec::new());
     for start in 1..=STARTS {
         eprintln!("start: {name}, start {start} of {STARTS}");
-        let few = Few::start(folder, &all, 1).await?;
+        let mut few = Few::start(folder, &all, 1).await?;
         first_answer.push((few.first_answer(&all).await? - few.began).as_secs_f64() * 1e3);
         few.wait_for_all(&all).await?;
         all_resident.push(few.began.elapsed().as_secs_f64() * 1e3);
@@ -85,7 +85,7 @@ async fn of_model(folder: &Path, name: String) -> anyhow::Result<OfModel> {
     }
     for workers in WORKERS {
         eprintln!("start: {name}, memory of {workers} workers");
-        let few = Few::start(folder, &all, workers).await?;
+        let mut few = Few::start(folder, &all, workers).await?;
         few.wait_for_all(&all).await?;
         few.ask_all(&all).await?;
         memory.push(Memory { workers, share: all.share(workers), resident: few.resident()? });
@@ -196,16 +196,21 @@ impl Few {
     }
 
     /// Until all workers together hold everything.
-    async fn wait_for_all(&self, all: &Experts) -> anyhow::Result<()> {
+    async fn wait_for_all(&mut self, all: &Experts) -> anyhow::Result<()> {
+        let count = self.workers.len();
         let waiting = async {
-            for (index, (_, address)) in self.workers.iter().enumerate() {
-                let mine = (0..all.per_layer).filter(|expert| expert % self.workers.len() == index).count();
+            for (index, (child, address)) in self.workers.iter_mut().enumerate() {
+                let mine = (0..all.per_layer).filter(|expert| expert % count == index).count();
                 while held(address).await.unwrap_or(0) < mine * all.layers.len() {
+                    if let Some(status) = child.try_wait()? {
+                        bail!("worker-{index} on {address} has ended: {status}");
+                    }
                     tokio::time::sleep(AGAIN * 5).await;
                 }
             }
+            Ok(())
         };
-        tokio::time::timeout(WITHIN, waiting).await.context("the workers do not load all experts")
+        tokio::time::timeout(WITHIN, waiting).await.context("the workers do not load all experts")?
     }
 
     /// A row through every expert, so that all that serving needs is in memory.
@@ -239,9 +244,11 @@ impl Few {
     }
 }
 
-/// Free now; that somebody else takes it before the worker does is not to be expected.
+/// Free now, and of those that no system gives away by itself: the ends of the workers' own connections are of the others, and one of
+/// them could be it before its worker is.
 fn free_address() -> anyhow::Result<String> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
+    let mut tries = (0..100).map(|_| format!("127.0.0.1:{}", rand::random_range(10_000..32_000)));
+    tries.find(|address| std::net::TcpListener::bind(address).is_ok()).context("no port is free")
 }
 
 /// How many experts a worker has.

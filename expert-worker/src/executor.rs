@@ -1,8 +1,8 @@
 //! The executor: checked batches come in, expert outputs go out. It owns the tensor thread and the experts on it, so no
 //! weight is ever touched from two threads. Each accepted batch gives the thread one turn; a turn takes the oldest batch
 //! and whatever can be computed with it, so a turn may find nothing left to do. While a GPU computes, the same turn prepares
-//! what comes meanwhile, where that is much (`overlap`). A panic or an error refuses the batch that caused it, and no other. Who has nothing else
-//! to do sends what is small at once, on the tensor thread itself.
+//! what comes meanwhile, where that is much (`overlap`). A panic or an error refuses the batch that caused it, and no other.
+//! Who has nothing else to do sends what is small at once, on the tensor thread itself.
 
 mod overlap;
 

@@ -9,7 +9,10 @@
 
 use tch::{Device, Tensor, kind::Element};
 
-use crate::gpu::copies::{Copies, Event, here, pinned, there};
+use crate::gpu::{
+    self,
+    copies::{Copies, Event, here, pinned, there},
+};
 
 /// `values` `[n]` on `device`.
 pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
@@ -19,15 +22,8 @@ pub(crate) fn placed<T: Element>(values: &[T], device: Device) -> Tensor {
 /// `tensor`, which is on the processor, on `device`.
 pub(crate) fn sent(tensor: Tensor, device: Device) -> Tensor {
     let Device::Cuda(gpu) = device else { return tensor };
-    match Copies::of(device).map(|copies| copies.send(&tensor)) {
-        Some(Ok(sent)) => sent,
-        failed => {
-            if let Some(Err(error)) = failed {
-                in_line(&error, gpu);
-            }
-            there(&pinned(&tensor, device), device)
-        }
-    }
+    let sent = beside(gpu, |copies| copies.send(&tensor));
+    sent.unwrap_or_else(|| there(&pinned(&tensor, device), device))
 }
 
 /// Contiguous `tensors`, which are all in one place, on the processor. Here a GPU is waited for, until it has computed them.
@@ -40,14 +36,9 @@ pub(crate) fn leaving<const N: usize>(tensors: [Tensor; N]) -> Leaving<N> {
     let Some(Device::Cuda(gpu)) = tensors.first().map(Tensor::device) else {
         return Leaving { here: tensors, on_gpu: None };
     };
-    let (copies, arrived) = match Copies::of(Device::Cuda(gpu)).map(|copies| copies.fetch(&tensors)) {
-        Some(Ok((copies, arrived))) => (copies, Some(arrived)),
-        failed => {
-            if let Some(Err(error)) = failed {
-                in_line(&error, gpu);
-            }
-            (tensors.each_ref().map(here), None)
-        }
+    let (copies, arrived) = match beside(gpu, |copies| copies.fetch(&tensors)) {
+        Some((copies, arrived)) => (copies, Some(arrived)),
+        None => (tensors.each_ref().map(here), None),
     };
     Leaving { here: copies, on_gpu: Some(OnGpu { gpu, arrived, _read: Vec::from(tensors) }) }
 }
@@ -89,9 +80,15 @@ impl<const N: usize> Leaving<N> {
     }
 }
 
-/// A copy beside what the GPU computes failed, and is made once more on libtorch's own stream, after all that was begun. A GPU that
-/// is to blame says so here, in libtorch's words.
-fn in_line(error: &crate::gpu::Error, gpu: usize) {
-    tracing::warn!(%error, "a copy beside what cuda:{gpu} computes failed: it is made once more, in line");
-    tch::Cuda::synchronize(gpu as i64);
+/// What `copy` has begun beside what the GPU computes. `None` where it has to go in line: there are no streams for it, or it failed. Then
+/// all that was begun is waited for, and a GPU that is to blame says so here, in libtorch's words.
+fn beside<T>(gpu: usize, copy: impl FnOnce(&'static Copies) -> Result<T, gpu::Error>) -> Option<T> {
+    match copy(Copies::of(Device::Cuda(gpu))?) {
+        Ok(begun) => Some(begun),
+        Err(error) => {
+            tracing::warn!(%error, "a copy beside what cuda:{gpu} computes failed: it is made once more, in line");
+            tch::Cuda::synchronize(gpu as i64);
+            None
+        }
+    }
 }

@@ -5,22 +5,19 @@
 // Fibers are the C library's.
 #![cfg(target_os = "linux")]
 
+#[path = "gpu_kernels/compiler.rs"]
+mod compiler;
+
 use std::path::Path;
 use std::process::Command;
 
-/// Compiles `gpu_kernels/<name>.cpp` by the compiler that libtorch's bindings are compiled by, and runs it.
+/// Compiles `gpu_kernels/<name>.cpp`, and runs it.
 fn holds(name: &str) {
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("gpu-kernels-{name}"));
-    // It may come with arguments.
-    let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let mut words = compiler.split_whitespace();
-    let mut compile = Command::new(words.next().expect("a compiler"));
-    compile.args(words).args(["-std=c++17", "-O2", "-fno-strict-aliasing", "-I"]);
-    compile.arg(here.join("src/gpu")).arg("-o").arg(&program);
-    let compiled = compile.arg(here.join("tests/gpu_kernels").join(name).with_extension("cpp")).output();
-    let compiled = compiled.unwrap_or_else(|error| panic!("{compiler}: {error}"));
-    assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+    let mut compile = compiler::compiler();
+    compile.arg("-I").arg(here.join("src/gpu")).arg(here.join("tests/gpu_kernels").join(name).with_extension("cpp"));
+    compiler::make(compile, &program);
     let ran = Command::new(&program).output().expect("what was just compiled can be run");
     print!("{}", String::from_utf8_lossy(&ran.stdout));
     assert!(ran.status.success(), "{}: {}", ran.status, String::from_utf8_lossy(&ran.stderr));

@@ -80,6 +80,19 @@ def sizes(**more: Any) -> dict[str, Any]:
     return shared | more
 
 
+def v3_sizes(**more: Any) -> dict[str, Any]:
+    """What the shapes of DeepSeek-V3 share."""
+    shared = {
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    }
+    return sizes() | shared | yarn(40, 64, 1.0) | more
+
+
 # Keys of the published files that the reference does not know; readers may rely on them.
 COMMON_OFFICIAL = {"aux_loss_alpha": 0.001, "ep_size": 1, "moe_layer_freq": 1, "pretraining_tp": 1, "seq_aux": True}
 NOAUX = COMMON_OFFICIAL | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
@@ -124,20 +137,14 @@ SHAPES = [
     Shape(
         "v3",
         "v3",
-        sizes(
+        v3_sizes(
             num_hidden_layers=4,
             first_k_dense_replace=2,
             intermediate_size=72,
             moe_intermediate_size=16,
             n_routed_experts=16,
-            n_shared_experts=1,
             num_experts_per_tok=4,
-            n_group=4,
-            topk_group=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
             num_nextn_predict_layers=1,
-            **yarn(40, 64, 1.0),
         ),
         storage="f32",
         shard_bytes=250_000,
@@ -147,21 +154,14 @@ SHAPES = [
         "v3_fp8",
         "v3",
         # No size is a multiple of a block's 128, and most matrices have a second, partial block.
-        sizes(
+        v3_sizes(
             hidden_size=144,
             intermediate_size=200,
             moe_intermediate_size=56,
             q_lora_rank=72,
             kv_lora_rank=48,
             n_routed_experts=8,
-            n_shared_experts=1,
-            num_experts_per_tok=3,
-            n_group=4,
-            topk_group=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
             num_nextn_predict_layers=0,
-            **yarn(40, 64, 1.0),
         ),
         storage="fp8",
         official=NOAUX,
@@ -173,7 +173,7 @@ SHAPES = [
         "v3_aligned",
         "v3",
         # Sizes as round as published ones are: what a GPU's kernels take at once goes into them, so they compute this one.
-        sizes(
+        v3_sizes(
             hidden_size=128,
             intermediate_size=192,
             moe_intermediate_size=48,
@@ -184,14 +184,8 @@ SHAPES = [
             qk_rope_head_dim=16,
             v_head_dim=24,
             n_routed_experts=9,
-            n_shared_experts=1,
-            num_experts_per_tok=3,
             n_group=3,
-            topk_group=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
             num_nextn_predict_layers=0,
-            **yarn(40, 64, 1.0),
         ),
         storage="fp8",
         official=NOAUX,
@@ -201,17 +195,10 @@ SHAPES = [
         "v3_mtp",
         "v3",
         # The module's layer has experts of its own, as many as the others, and counts as layer 2.
-        sizes(
+        v3_sizes(
             num_hidden_layers=2,
             n_routed_experts=12,
-            n_shared_experts=1,
-            num_experts_per_tok=3,
-            n_group=4,
-            topk_group=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
             num_nextn_predict_layers=1,
-            **yarn(40, 64, 1.0),
         ),
         official=NOAUX,
         shard_bytes=200_000,

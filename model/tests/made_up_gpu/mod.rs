@@ -5,6 +5,9 @@
 //! program is run again, for this test alone, with a library before all others that has the functions of NVIDIA's, and tells libtorch
 //! of a GPU. Processes that it starts have the same.
 
+#[path = "../gpu_kernels/compiler.rs"]
+mod compiler;
+
 use std::{
     env,
     fmt::Display,
@@ -37,7 +40,7 @@ pub fn again(why: impl Display) {
     println!("on a made-up GPU: {}", said.concat());
 }
 
-/// Compiled into `folder` once for all tests, by the compiler that libtorch's bindings are compiled by.
+/// Compiled into `folder` once for all tests.
 fn library(folder: &Path) -> PathBuf {
     let sources = fs::canonicalize(concat!(env!("CARGO_MANIFEST_DIR"), "/../model")).expect("its sources");
     let libtorch = option_env!("LIBTORCH").map(str::to_owned).or(env::var("LIBTORCH").ok());
@@ -45,11 +48,8 @@ fn library(folder: &Path) -> PathBuf {
     // Where the others of libtorch lie, which programs that know nothing of it must find too.
     let libraries = fs::canonicalize(libtorch.join("lib/libtorch_cpu.so")).expect("libtorch is there");
     let libraries = libraries.parent().expect("in a folder");
-    // It may come with arguments.
-    let compiler = env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
-    let mut words = compiler.split_whitespace();
-    let mut compile = Command::new(words.next().expect("a compiler"));
-    compile.args(words).args(["-std=c++17", "-O2", "-fno-strict-aliasing", "-fvisibility=hidden", "-shared", "-fPIC"]);
+    let mut compile = compiler::compiler();
+    compile.args(["-fvisibility=hidden", "-shared", "-fPIC"]);
     compile.arg("-I").arg(libtorch.join("include")).arg("-I").arg(sources.join("src/gpu"));
     compile.args(["gpu.cpp", "kernels.cpp"].map(|name| sources.join("tests/made_up_gpu").join(name)));
     compile.arg("-L").arg(libraries).args(["-ltorch_cpu", "-lc10"]);
@@ -68,9 +68,7 @@ fn library(folder: &Path) -> PathBuf {
     lock.lock().expect("a lock");
     if !library.exists() {
         let unfinished = library.with_extension("unfinished");
-        let compiled = compile.arg("-o").arg(&unfinished).output();
-        let compiled = compiled.unwrap_or_else(|error| panic!("{compiler}: {error}"));
-        assert!(compiled.status.success(), "{}", String::from_utf8_lossy(&compiled.stderr));
+        compiler::make(compile, &unfinished);
         fs::rename(unfinished, &library).expect("it gets its name");
     }
     library
